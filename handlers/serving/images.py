@@ -1,0 +1,112 @@
+"""Uploaded bytes become what the model sees, the way a person expects of their picture."""
+
+import io
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import transforms
+
+from serving.errors import ClientError, bad_request
+from serving.settings import Preprocessing
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders that run no code of the file's
+ELONGATED = 8  # times longer than wide: what the centre crop cannot see is cut off before it is enlarged
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upload as the model sees it: `input` [C, H, W] normalised, and `seen`, the same as a picture.
+
+    `crop` is the part of the upright original (`width` x `height`) that is seen: left, top, right, bottom.
+    """
+
+    input: Tensor
+    seen: Image.Image
+    width: int
+    height: int
+    crop: tuple[int, int, int, int]
+
+
+def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Picture:
+    """Decode and prepare an upload; raises ClientError 400 (not an image) or 413 (too many pixels)."""
+    image = _upright(_decoded(data, pixel_limit), "L" if len(preprocessing.mean) == 1 else "RGB")
+    width, height = image.size
+    trimmed, offset = _trimmed(image)
+    seen, crop = _seen(trimmed, preprocessing)
+    left, top, right, bottom = (round(c + o) for c, o in zip(crop, offset * 2, strict=True))
+    tensor = preprocessing.normalization(transforms.functional.to_tensor(seen))
+    return Picture(tensor, seen, width, height, (left, top, right, bottom))
+
+
+def _decoded(data: bytes, pixel_limit: int) -> Image.Image:
+    """Return the first frame, its pixels read; the size is checked before any pixel is."""
+    if not data:
+        raise bad_request('no image: send one as the body, as form field \'data\' or as JSON {"data": "<base64>"}')
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > pixel_limit:
+            raise too_large(f"{image.width}x{image.height}", pixel_limit)
+        image.load()
+    except ClientError:
+        raise
+    except Image.DecompressionBombError:
+        raise too_large("far larger", pixel_limit) from None
+    except Exception as error:  # a decoder fed with anything may raise anything
+        raise bad_request(
+            f"data: these {len(data)} bytes are not an image that can be decoded ({type(error).__name__}); "
+            f"allowed: {', '.join(FORMATS)}"
+        ) from None
+    return image
+
+
+def too_large(size: str, pixel_limit: int) -> ClientError:
+    """The image has more pixels than the archive allows."""
+    return ClientError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"data: the image is {size}; allowed: at most {pixel_limit} pixels")
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    """Turn the image as its EXIF tag says, put it on white where it is transparent, and reduce it to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit and float greyscale to 8 bits by the range that its values show."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    largest = values.max(initial=0)
+    top = next((limit for limit in (1.0, 255.0, 65535.0) if largest <= limit and (limit > 1 or image.mode == "F")), largest)
+    top = 65535.0 if image.mode.startswith("I;16") else top
+    return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+
+
+def _trimmed(image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+    """Cut the far ends off a very long image: enlarged whole, it would not fit into memory."""
+    width, height = image.size
+    kept = min(width, ELONGATED * height), min(height, ELONGATED * width)
+    left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+    if (left, top) == (0, 0):
+        return image, (0, 0)
+    return image.crop((left, top, left + kept[0], top + kept[1])), (left, top)
+
+
+def _seen(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """Resize and crop as torchvision does; return the result and the part of `image` that it shows."""
+    resized = image
+    if preprocessing.resize is not None:
+        size = preprocessing.resize
+        size = list(size) if isinstance(size, tuple) else size  # type: ignore[assignment]
+        resized = transforms.Resize(size, preprocessing.interpolation_mode)(image)
+    height, width = preprocessing.size
+    seen = transforms.CenterCrop((height, width))(resized)
+    left, top = ((whole - part) / 2 for whole, part in zip(resized.size, (width, height), strict=True))
+    x, y = (before / after for before, after in zip(image.size, resized.size, strict=True))
+    return seen, (left * x, top * y, (left + width) * x, (top + height) * y)

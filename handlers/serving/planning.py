@@ -1,0 +1,122 @@
+"""What a request asks for becomes jobs, within what the archive allows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from attribution.classifier import Classifier
+from attribution.engine import Job
+from attribution.errors import Unsupported
+from attribution.methods import Case, Method
+from attribution.rows import Score
+from serving.errors import bad_request, over_limit, shown
+from serving.images import Picture
+from serving.parameters import Capabilities, Labels, Parameters, read_parameters
+from serving.requests import Instance, Protocol, Request
+from serving.settings import Explanations
+
+
+@dataclass
+class Prepared:
+    """One image of a request, decoded, and then the model's `logits` and `probabilities` [classes] for it."""
+
+    picture: Picture
+    logits: Tensor = field(init=False)
+    probabilities: Tensor = field(init=False)
+
+    @property
+    def predicted(self) -> int:
+        """The index of the predicted class."""
+        return int(self.logits.argmax())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of one image, in the order of their explanations."""
+
+    prepared: Prepared
+    parameters: Parameters
+    jobs: Sequence[Job]
+
+
+class Planner:
+    """Turns requests into jobs for one classifier."""
+
+    def __init__(self, classifier: Classifier, labels: Labels, settings: Explanations) -> None:
+        self.capabilities = Capabilities(classifier)
+        self._classifier = classifier
+        self._labels = labels
+        self._defaults, self._limits = settings.defaults, settings.limits
+        read_parameters(self._defaults)  # defaults that no request could use are told when the archive loads
+
+    def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
+        """Return a plan for each image; raises ClientError where a request asks for what is not there or not allowed."""
+        plans: list[Plan] = []
+        for place, (instance, prepared) in enumerate(zip(request.instances, images, strict=True)):
+            with request.naming(place):
+                plans.append(self._plan_one(request, instance, prepared))
+        return self._within_budget(plans)
+
+    def _plan_one(self, request: Request, instance: Instance, prepared: Prepared) -> Plan:
+        parameters = read_parameters(self._defaults, request.defaults, instance.fields)
+        if request.protocol is not Protocol.PLAIN and parameters.output != "json":
+            raise bad_request(f"output: {shown(parameters.output)} is not for the KServe protocols; allowed: json")
+        names = self.capabilities.choose(parameters.method)
+        targets = [prepared.predicted] if parameters.target is None else self._labels.targets(parameters.target)
+        for what, asked, allowed in (
+            ("methods", len(names), self._limits.methods),
+            ("targets", len(targets), self._limits.targets),
+            ("layers", len(parameters.layer), self._limits.layers),
+        ):
+            if asked > allowed:
+                raise over_limit(f"{asked} {what} asked for; allowed: at most {allowed}")
+        methods = [self._checked(method) for name in names for method in parameters.methods(name)]
+        cases = [self._case(parameters, prepared, target) for target in targets]
+        return Plan(prepared, parameters, [Job(m, case, parameters.smoother()) for m in methods for case in cases])
+
+    def _checked(self, method: Method) -> Method:
+        """Return the method if the layer it names exists; raises ClientError 400."""
+        layer = getattr(method, "layer", None)
+        if layer is not None:
+            try:
+                self._classifier.grid_layer(layer)
+            except Unsupported as reason:
+                raise bad_request(f"layer: {shown(layer)} is not allowed: {reason}") from None
+        return method
+
+    def _case(self, parameters: Parameters, prepared: Prepared, target: int) -> Case:
+        scores = prepared.logits if parameters.score is Score.LOGIT else prepared.probabilities
+        image = prepared.picture.input.to(self._classifier.device, self._classifier.dtype)
+        return Case(self._classifier, image, target, parameters.score, float(scores[target]), parameters.seed)
+
+    def _within_budget(self, plans: list[Plan]) -> list[Plan]:
+        """Refuse what costs more than a request may; what the fixed jobs leave is shared by the adaptive paths."""
+        jobs = [job for plan in plans for job in plan.jobs]
+        least, limit = sum(job.evaluations for job in jobs), self._limits.evaluations
+        if least > limit:
+            raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
+        fixed = sum(job.evaluations for job in jobs if not job.method.adaptive)
+        paths = sum(job.copies for job in jobs if job.method.adaptive)
+        budget = min(self._limits.path_evaluations, (limit - fixed) // max(1, paths))
+
+        def budgeted(job: Job) -> Job:
+            return replace(job, case=replace(job.case, budget=budget))
+
+        return [replace(plan, jobs=[budgeted(job) for job in plan.jobs]) for plan in plans]
+
+
+def top_k(instance: Instance, classes: int) -> int:
+    """Return how many classes a prediction tells, 5 unless asked otherwise; raises ClientError 400."""
+    for name, value in instance.fields.items():
+        if name != "top_k":
+            raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: data, top_k")
+        text = str(value)
+        if (
+            isinstance(value, bool)
+            or not (text.isascii() and text.isdecimal() and len(text) < 10)
+            or not 1 <= int(text) <= classes
+        ):
+            raise bad_request(f"top_k: {shown(value)} is not allowed; allowed: a whole number from 1 to {classes}")
+        return int(text)
+    return min(5, classes)
