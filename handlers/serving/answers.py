@@ -27,6 +27,7 @@ from serving.pictures import (
     draw_scale,
     png,
     reduced,
+    small_png,
     with_scale,
 )
 
@@ -106,7 +107,7 @@ class Explanation:
                 "minimum": float(self.values.min()),
                 "maximum": float(self.values.max()),
                 "scale": {"colormap": drawn.scale.colormap, "from": drawn.scale.lowest, "to": drawn.scale.limit},
-                "overlay_png": _base64(png(drawn.overlay)),
+                "overlay_png": _base64(small_png(drawn.overlay)),
                 "heatmap_png": _base64(png(drawn.heatmap)),
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
@@ -162,7 +163,7 @@ def as_png(told: Told) -> Answer:
     """Answer the overlay with its scale, or a labelled contact sheet of several."""
     if len(told.explanations) == 1:
         drawn = told.explanations[0].drawn
-        return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
+        return Answer(small_png(with_scale(drawn.overlay, drawn.scale)), "image/png")
     predicted = told.predicted
     cells = [Cell(told.picture.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
     cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in told.explanations]
@@ -181,13 +182,13 @@ def as_html(told: Told) -> Answer:
     maps = [
         {
             "explanation": explanation,
-            "overlay": _base64(png(explanation.drawn.overlay)),
+            "overlay": _base64(small_png(explanation.drawn.overlay)),
             "heatmap": _base64(png(explanation.drawn.heatmap)),
             "scale": _base64(png(draw_scale(explanation.drawn.scale, explanation.drawn.overlay.width))),
         }
         for explanation in told.explanations
     ]
-    html = _templates().get_template("report.html").render(told=told, seen=_base64(png(told.picture.seen)), maps=maps)
+    html = _templates().get_template("report.html").render(told=told, seen=_base64(small_png(told.picture.seen)), maps=maps)
     return Answer(html.encode(), "text/html; charset=utf-8")
 
 

@@ -147,7 +147,12 @@ def reduced(values: Map, seen: Image.Image) -> tuple[Map, Image.Image]:
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode a picture; an overlay's colours are reduced to 256, a third of its size and hardly seen."""
+    """Encode a picture."""
     stream = io.BytesIO()
-    (image if image.mode == "P" else image.quantize(256)).save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
+
+
+def small_png(image: Image.Image) -> bytes:
+    """Encode an overlay with 256 colours: a third of its size, and hardly seen."""
+    return png(image.quantize(256))

@@ -162,7 +162,7 @@ class GradientShap(Method):
     random: ClassVar[bool] = True
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 32
+    samples: int = 50
     stdev: float = 0.0
 
     def evaluations(self) -> int:
@@ -173,6 +173,8 @@ class GradientShap(Method):
 
     def attribute(self, case: Case) -> Asking[Attribution]:
         fixed = self.baseline.image(case)
+        # One random offset for evenly spaced points: as unbiased as free draws of u, with a third of their error.
+        offset = case.draw(Draw.PATH, 0).random()
         total = torch.zeros_like(case.input)
 
         def baseline(sample: int) -> Tensor:
@@ -182,9 +184,7 @@ class GradientShap(Method):
             return case.input + case.noise(sample, self.stdev) if self.stdev else case.input
 
         def point(sample: int) -> Tensor:
-            # One draw in each of `samples` equal parts of the path: as unbiased as free draws, and less scattered.
-            along = (sample + case.draw(Draw.PATH, sample).random()) / self.samples
-            return torch.lerp(baseline(sample), end(sample), along)
+            return torch.lerp(baseline(sample), end(sample), (sample + offset) / self.samples)
 
         def add(start: int, evaluation: Evaluation) -> None:
             assert evaluation.gradients is not None
