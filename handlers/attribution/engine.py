@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 from typing import TypeVar
 
 import torch
@@ -99,7 +99,8 @@ class _Task:
         self.waiting, self.outcome = [], error
 
     def _finish(self, attribution: Attribution) -> None:
-        if torch.isfinite(attribution.map).all():
+        scalars = (attribution.baseline_score or 0.0, attribution.completeness_error or 0.0)
+        if torch.isfinite(attribution.map).all() and all(map(isfinite, scalars)):
             self.outcome = Explained(attribution, self.evaluations, self.seconds)
         else:
             self.outcome = NotFinite("the model's score or its gradient is not a finite number for this image")

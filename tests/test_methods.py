@@ -1,0 +1,285 @@
+"""Every registered method by closed form, naive replica and axiom; a new method is tested unasked."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import NORMALIZATION, SIZE
+from torch import nn
+
+from attribution.classifier import Classifier
+from attribution.engine import Engine, Job
+from attribution.methods import METHODS, Case, Smoothing
+from attribution.methods.baselines import Baseline
+from attribution.methods.cam import GradCam
+from attribution.methods.gradient import Sensitivity
+from attribution.methods.noise import Kind, Moments
+from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.methods.relevance import BiasedLayer, BiasedLayers, Reduction
+from attribution.rows import Score
+
+METHOD_CASES = [pytest.param(method(), id=name) for name, method in METHODS.items()]
+GRADIENT_METHODS = [Sensitivity(), BiasedLayer(), IntegratedGradients(), IntegratedGradients(steps=4), GradientShap(samples=4)]
+
+
+def case_of(classifier, image, target=1, score=Score.LOGIT, **options):
+    logits = classifier.logits(image[None])[0]
+    known = float((logits if score is Score.LOGIT else logits.softmax(0))[target])
+    return Case(classifier, image, target, score, known, **options)
+
+
+def explain(job, pack=16):
+    (outcome,) = Engine(job.case.classifier, pack).explain([job])
+    return outcome
+
+
+class Linear(nn.Module):
+    """Logits W x + b: everything about it is known in closed form."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(3 * SIZE[0] * SIZE[1], 4).double()
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+    def weight(self, target):
+        return self.layer.weight[target].detach().reshape(3, *SIZE)
+
+
+@pytest.fixture
+def linear():
+    return Linear()
+
+
+@pytest.fixture
+def linear_classifier(linear):
+    return Classifier(linear, NORMALIZATION, SIZE)
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients(steps=1), IntegratedGradients(), GradientShap(samples=3)])
+def test_a_path_on_a_linear_model_is_weight_times_difference(linear, linear_classifier, image, method):
+    explained = explain(Job(method, case_of(linear_classifier, image)))
+    difference = image - NORMALIZATION(torch.zeros_like(image))
+    torch.testing.assert_close(explained.attribution.map, linear.weight(1) * difference)
+    assert explained.attribution.completeness_error < 1e-9
+
+
+def test_sensitivity_of_a_linear_model_is_its_squared_weight(linear, linear_classifier, image):
+    explained = explain(Job(Sensitivity(), case_of(linear_classifier, image)))
+    torch.testing.assert_close(explained.attribution.map[0], linear.weight(1).square().sum(0))
+
+
+@pytest.mark.parametrize("baseline", list(Baseline))
+@pytest.mark.parametrize("score", list(Score))
+def test_integrated_gradients_is_complete_for_every_baseline(classifier, image, baseline, score):
+    case = case_of(classifier, image, score=score)
+    attribution = explain(Job(IntegratedGradients(baseline=baseline, max_error=1e-3), case)).attribution
+    start = classifier.logits(baseline.image(case)[None])[0]
+    expected = case.known_score - float((start if score is Score.LOGIT else start.softmax(0))[1])
+    assert float(attribution.map.sum()) == pytest.approx(expected, rel=1e-3)
+    assert attribution.completeness_error <= 1e-3
+    assert case.known_score - attribution.baseline_score == pytest.approx(expected)
+
+
+def test_the_error_told_is_that_of_the_map(classifier, image):
+    case = case_of(classifier, image)
+    attribution = explain(Job(IntegratedGradients(steps=2), case)).attribution
+    difference = case.known_score - attribution.baseline_score
+    assert attribution.completeness_error == pytest.approx(abs(float(attribution.map.sum()) - difference) / abs(difference))
+
+
+def test_a_smaller_max_error_refines_the_path(classifier, image):
+    coarse, fine = (explain(Job(IntegratedGradients(max_error=e), case_of(classifier, image))) for e in (0.5, 1e-4))
+    assert coarse.evaluations < fine.evaluations
+    exact = explain(Job(IntegratedGradients(steps=2000), case_of(classifier, image))).attribution.map
+    assert float((fine.attribution.map - exact).norm()) < 0.3 * float((coarse.attribution.map - exact).norm())
+
+
+def test_the_path_ends_with_the_budget_and_tells_the_larger_error(classifier, image):
+    explained = explain(Job(IntegratedGradients(max_error=1e-12), case_of(classifier, image, budget=21)))
+    assert explained.evaluations == 21
+    assert explained.attribution.completeness_error > 1e-12
+
+
+def test_bisected_path_is_a_trapezoid_rule_on_its_nodes(classifier, image):
+    """A naive replica with all its nodes: nine evenly spaced, when no round of bisection follows."""
+    case = case_of(classifier, image, budget=9)
+    base = Baseline.BLACK.image(case)
+    total = torch.zeros_like(image)
+    for i in range(9):
+        x = (base + i / 8 * (image - base)).requires_grad_()
+        (gradient,) = torch.autograd.grad(classifier._model(x[None])[0, 1], x)
+        total += gradient * (0.5 if i in (0, 8) else 1.0) / 8
+    found = explain(Job(IntegratedGradients(max_error=1e-12), case)).attribution.map
+    torch.testing.assert_close(found, total * (image - base))
+
+
+def test_baselines_are_images_before_normalisation(classifier, image):
+    case = case_of(classifier, image)
+    pixels = {kind: NORMALIZATION.inverse(kind.image(case)) for kind in Baseline}
+    assert torch.allclose(pixels[Baseline.BLACK], torch.zeros_like(image))
+    assert torch.allclose(pixels[Baseline.WHITE], torch.ones_like(image))
+    assert torch.allclose(pixels[Baseline.MEAN][:, 0, 0], torch.tensor(NORMALIZATION.mean, dtype=torch.float64))
+    assert pixels[Baseline.BLUR].std() < 0.5 * NORMALIZATION.inverse(image).std()
+    assert pixels[Baseline.NOISE].min() >= 0 and pixels[Baseline.NOISE].max() <= 1
+    assert pixels[Baseline.NOISE].std() == pytest.approx(12**-0.5, rel=0.1)  # uniform
+
+
+def test_gradient_shap_reaches_completeness_in_expectation(classifier, image):
+    case = case_of(classifier, image)
+    explained = explain(Job(GradientShap(samples=2000, baseline=Baseline.NOISE), case))
+    assert explained.attribution.completeness_error < 0.05
+    assert explained.evaluations == 4000  # each sample's baseline is scored too
+
+
+def test_grad_cam_of_a_known_head(image):
+    """Mean-pooled features and a linear head: the map is ReLU(sum of w_k / (h w) A_k), enlarged."""
+    torch.manual_seed(0)
+    convolution, head = nn.Conv2d(3, 6, 3, stride=4), nn.Linear(6, 2)
+    model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).double()
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    features = convolution(image[None]).detach()
+    expected = (head.weight[1].detach()[:, None, None] * features[0]).sum(0).relu() / features[0, 0].numel()
+    expected = nn.functional.interpolate(expected[None, None], SIZE, mode="bilinear")[0]
+    torch.testing.assert_close(explain(Job(GradCam(), case_of(classifier, image))).attribution.map, expected)
+
+
+class NaiveBiased(torch.autograd.Function):
+    """z in front, zb's gradient times z / zb (bounded to [-1, 1]) on the way back."""
+
+    @staticmethod
+    def forward(ctx, z, zb):
+        ctx.save_for_backward((z / zb).clamp(-1, 1))
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient * ctx.saved_tensors[0]
+
+
+def naive_biased_logits(model, x, gamma):
+    """The small network written out, each layer's twin computed by itself."""
+
+    def layer(module, x):
+        bias = None if module.bias is None else module.bias + gamma * module.bias.clamp(min=0)
+        weight = module.weight + gamma * module.weight.clamp(min=0)
+        if isinstance(module, nn.Linear):
+            return NaiveBiased.apply(module(x), nn.functional.linear(x, weight, bias))
+        options = (module.stride, module.padding, module.dilation, module.groups)
+        return NaiveBiased.apply(module(x), nn.functional.conv2d(x, weight, bias, *options))
+
+    x = layer(model.stem, x).relu()
+    x = (x + layer(model.depthwise, x)).relu()
+    return layer(model.head, model.pool(layer(model.reduce, x).relu()).flatten(1))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize("reduction", list(Reduction))
+def test_biased_layer_is_its_naive_replica(classifier, image, gamma, reduction):
+    x = image[None].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(naive_biased_logits(classifier._model, x, gamma)[0, 1], x)
+    expected = image * gradient[0] if reduction is Reduction.RELEVANCE else gradient[0].square().sum(0, keepdim=True)
+    found = explain(Job(BiasedLayer(gamma, reduction), case_of(classifier, image))).attribution.map
+    torch.testing.assert_close(found, expected)
+
+
+def test_biased_layer_is_the_published_rule_where_nothing_is_negative():
+    """Between ReLUs the ratio lies in (0, 1], so z = zb * stop(z / zb) holds as it is written."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 2)
+    ).double()
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    image = torch.rand(3, *SIZE, dtype=torch.float64)
+
+    def published(module, x):
+        z = module(x)
+        twin = [p + 0.25 * p.clamp(min=0) for p in (module.weight, module.bias)]
+        zb = nn.functional.linear(x, *twin) if isinstance(module, nn.Linear) else nn.functional.conv2d(x, *twin)
+        return zb * (z / zb).detach()
+
+    target = int(classifier.logits(image[None]).argmax())
+    assert classifier.logits(image[None])[0, target] > 0  # else the last ratio would be bounded
+    x = image[None].clone().requires_grad_()
+    hidden = published(model[2], published(model[0], x).relu()).relu().flatten(1)
+    (gradient,) = torch.autograd.grad(published(model[5], hidden)[0, target], x)
+    found = explain(Job(BiasedLayer(), case_of(classifier, image, target))).attribution.map
+    torch.testing.assert_close(found, gradient[0].square().sum(0, keepdim=True))
+
+
+def test_biased_layer_without_gamma_is_sensitivity(classifier, image):
+    biased, plain = (explain(Job(m, case_of(classifier, image))).attribution.map for m in (BiasedLayer(0.0), Sensitivity()))
+    torch.testing.assert_close(biased, plain)
+
+
+def test_biased_layer_keeps_the_logits(lite0):
+    classifier = Classifier(lite0, NORMALIZATION, (224, 224))
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    biased = classifier._changed(BiasedLayers(0.25))(x)
+    torch.testing.assert_close(biased, classifier.logits(x), atol=1e-5, rtol=1e-5)
+
+
+def test_biased_layer_survives_a_dead_input(classifier):
+    dead = torch.zeros(3, *SIZE, dtype=torch.float64)
+    for method in (BiasedLayer(), BiasedLayer(reduction=Reduction.RELEVANCE)):
+        assert torch.isfinite(explain(Job(method, case_of(classifier, dead))).attribution.map).all()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("method", GRADIENT_METHODS, ids=lambda m: type(m).__name__)
+def test_smoothing_is_the_moment_of_the_copies_maps(classifier, image, kind, method):
+    case = case_of(classifier, image, seed=9)
+    copies = torch.stack([explain(Job(method, case.noisy(k, 0.2))).attribution.map for k in range(6)])
+    expected = {
+        Kind.SMOOTHGRAD: copies.mean(0),
+        Kind.SMOOTHGRAD_SQ: copies.square().mean(0),
+        Kind.VARGRAD: copies.var(0, correction=0),
+    }
+    found = explain(Job(method, case, Smoothing(kind, 6, 0.2)))
+    torch.testing.assert_close(found.attribution.map, expected[kind])
+    assert found.attribution.completeness_error is None
+
+
+def test_noise_has_the_deviation_asked_for_and_no_copy_repeats(classifier, image):
+    case = case_of(classifier, image)
+    noise = torch.stack([case.noise(k, 0.1) for k in range(50)])
+    assert float(noise.std()) == pytest.approx(0.1 * float(image.max() - image.min()), rel=0.02)
+    assert len({float(n[0, 0, 0]) for n in noise}) == 50
+    assert not torch.equal(case.noisy(0, 0.1).noise(0, 0.1), case.noise(0, 0.1))
+
+
+def test_moments_of_one_map_are_the_map_and_no_variance():
+    moments = Moments()
+    moments.add(torch.tensor([3.0]))
+    assert moments.reduced(Kind.SMOOTHGRAD) == 3 and moments.reduced(Kind.VARGRAD) == 0
+
+
+@pytest.mark.parametrize("method", METHOD_CASES)
+def test_a_map_has_the_inputs_size_and_the_cost_told(classifier, image, method):
+    job = Job(method, case_of(classifier, image))
+    explained = explain(job)
+    assert explained.attribution.map.shape[1:] == SIZE
+    assert float(explained.attribution.map.abs().max()) > 0
+    at_least = explained.evaluations >= job.evaluations
+    assert at_least if method.adaptive else explained.evaluations == job.evaluations
+
+
+@pytest.mark.parametrize("method", METHOD_CASES)
+def test_an_unsigned_method_is_never_negative(classifier, image, method):
+    job = Job(method, case_of(classifier, image))
+    smallest = float(explain(job).attribution.map.sum(0).min())
+    assert smallest >= 0 if not job.signed else smallest < 0
+
+
+@pytest.mark.parametrize("method", METHOD_CASES)
+def test_targets_have_maps_of_their_own(classifier, image, method):
+    first, second = (explain(Job(method, case_of(classifier, image, target))).attribution.map for target in (0, 4))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("method", METHOD_CASES)
+def test_a_method_says_what_it_does_and_all_its_parameters_have_defaults(method):
+    assert (type(method).__doc__ and "arXiv" in type(method).__doc__) or type(method) is BiasedLayer
+    assert all(hasattr(method, field.name) for field in fields(method))

@@ -1,0 +1,123 @@
+"""The methods against Captum: to rounding in float64, in direction and length in float32 as served."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from captum.attr import GradientShap as CaptumShap
+from captum.attr import IntegratedGradients as CaptumIG
+from captum.attr import LayerAttribution, LayerGradCam, NoiseTunnel, Saliency
+from conftest import ROOT
+
+from attribution.classifier import Classifier
+from attribution.engine import Engine, Job
+from attribution.methods import Case, Smoothing
+from attribution.methods.cam import GradCam
+from attribution.methods.gradient import Sensitivity
+from attribution.methods.noise import Kind
+from attribution.methods.path import GradientShap, IntegratedGradients
+from serving.images import read_picture
+from serving.settings import read_settings
+
+TARGET = 3
+
+
+def explain(classifier, method, image, smoothing=None, **case):
+    score = float(classifier.logits(image[None])[0, TARGET])
+    job = Job(method, Case(classifier, image, TARGET, known_score=score, **case), smoothing)
+    return Engine(classifier, pack=7).explain([job])[0].attribution.map
+
+
+def relative_difference(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def black(classifier, image):
+    return classifier.normalization(torch.zeros_like(image))[None]
+
+
+def fixed_draws(monkeypatch, case, stdev, samples):
+    """Make Captum draw the noise that the case draws."""
+    noise = torch.stack([case.noise(k, stdev) for k in range(samples)])
+    monkeypatch.setattr(torch, "normal", lambda *_: noise)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 33])
+def test_integrated_gradients_is_captums(model, classifier, image, steps):
+    expected = CaptumIG(model).attribute(image[None], black(classifier, image), TARGET, n_steps=steps)[0]
+    assert relative_difference(explain(classifier, IntegratedGradients(steps=steps), image), expected) < 1e-6
+
+
+def test_sensitivity_is_the_squared_norm_of_captums_saliency(model, classifier, image):
+    gradient = Saliency(model).attribute(image[None].clone(), TARGET, abs=False)[0]
+    assert relative_difference(explain(classifier, Sensitivity(), image)[0], gradient.square().sum(0)) < 1e-6
+
+
+@pytest.mark.parametrize("layer", ["reduce", "norm2", "stem"])
+def test_grad_cam_is_captums(model, classifier, image, layer):
+    found = LayerGradCam(model, model.get_submodule(layer)).attribute(image[None], TARGET, relu_attributions=True)
+    if layer == "stem":  # folded: the convolution's output is now what the batch norm's was
+        found = LayerGradCam(model, model.norm).attribute(image[None], TARGET, relu_attributions=True)
+    expected = LayerAttribution.interpolate(found, image.shape[-2:], "bilinear")[0]
+    layer = "depthwise" if layer == "norm2" else layer
+    assert relative_difference(explain(classifier, GradCam(layer), image), expected.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("stdev", [0.0, 0.1])
+def test_gradient_shap_is_captums_with_the_same_draws(model, classifier, image, monkeypatch, stdev):
+    samples = 6
+    case = Case(classifier, image, TARGET, seed=5)
+    offset = case.draw(2, 0).random()
+    monkeypatch.setattr(np.random, "uniform", lambda *_: (np.arange(samples) + offset) / samples)
+    fixed_draws(monkeypatch, case, stdev, samples)
+    expected = CaptumShap(model).attribute(image[None], black(classifier, image), samples, stdev, TARGET)[0]
+    found = explain(classifier, GradientShap(samples=samples, stdev=stdev), image, seed=5)
+    assert relative_difference(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_smoothing_is_captums_noise_tunnel_with_the_same_draws(model, classifier, image, monkeypatch, kind):
+    samples = 5
+    fixed_draws(monkeypatch, Case(classifier, image, TARGET, seed=2), 0.15, samples)
+    tunnel = NoiseTunnel(CaptumIG(model))
+    expected = tunnel.attribute(
+        image[None], kind, samples, stdevs=1.0, baselines=black(classifier, image), target=TARGET, n_steps=9
+    )[0]
+    found = explain(classifier, IntegratedGradients(steps=9), image, Smoothing(kind, samples, 0.15), seed=2)
+    assert relative_difference(found, expected) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def served(lite0, photo):
+    """The default classifier as it is served, float32 and folded, with the photo."""
+    settings = read_settings(yaml.safe_load((ROOT / "classifiers/imagenet/model-config.yaml").read_text()))
+    classifier = Classifier(lite0, settings.preprocessing.normalization, settings.preprocessing.size)
+    return classifier, read_picture(photo, settings.preprocessing, 10**8).input
+
+
+@pytest.mark.parametrize("name", ["integrated_gradients", "gradient_shap", "sensitivity", "grad_cam", "smoothgrad"])
+def test_in_float32_as_served_maps_keep_direction_and_length(lite0, served, monkeypatch, name):
+    classifier, image = served
+    baseline, inputs = black(classifier, image), image[None]
+    if name == "integrated_gradients":
+        found = explain(classifier, IntegratedGradients(steps=20), image)
+        expected = CaptumIG(lite0).attribute(inputs, baseline, TARGET, n_steps=20)[0]
+    elif name == "gradient_shap":
+        offset = Case(classifier, image, TARGET).draw(2, 0).random()
+        monkeypatch.setattr(np.random, "uniform", lambda *_: (np.arange(8) + offset) / 8)
+        found = explain(classifier, GradientShap(samples=8), image)
+        expected = CaptumShap(lite0).attribute(inputs, baseline, 8, 0.0, TARGET)[0]
+    elif name == "sensitivity":
+        found = explain(classifier, Sensitivity(), image)
+        expected = Saliency(lite0).attribute(inputs.clone(), TARGET, abs=False)[0].square().sum(0, keepdim=True)
+    elif name == "grad_cam":
+        found = explain(classifier, GradCam(), image)
+        cam = LayerGradCam(lite0, lite0.features).attribute(inputs, TARGET, relu_attributions=True)
+        expected = LayerAttribution.interpolate(cam, image.shape[-2:], "bilinear")[0].detach()
+    else:
+        fixed_draws(monkeypatch, Case(classifier, image, TARGET), 0.15, 4)
+        found = explain(classifier, IntegratedGradients(steps=12), image, Smoothing(Kind.SMOOTHGRAD, 4, 0.15))
+        tunnel = NoiseTunnel(CaptumIG(lite0))
+        expected = tunnel.attribute(inputs, "smoothgrad", 4, stdevs=1.0, baselines=baseline, target=TARGET, n_steps=12)[0]
+    assert float(torch.cosine_similarity(found.flatten(), expected.flatten(), 0)) > 0.9999
+    assert float((found - expected).norm() / expected.norm()) < 5e-3
