@@ -19,8 +19,10 @@ METHODS = ("integrated_gradients", "gradient_shap", "grad_cam", "sensitivity", "
 
 def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
     """Send the photo; raises Failed where the answer is not a success."""
-    url = f"{server.inference}/{kind}/{server.name}"
-    answer = httpx.post(url, files={"data": photo_path().read_bytes()}, data=fields, timeout=120)
+    url = f"{server.inference}/{kind}/{server.names[0]}"
+    answer = httpx.post(
+        url, files={"data": photo_path().read_bytes()}, data=fields, headers=server.authorization(), timeout=120
+    )
     if answer.status_code != 200:
         raise Failed(f"{url} answered {answer.status_code}: {answer.text}")
     return answer
@@ -59,7 +61,7 @@ def main() -> int:
         ensure_archive("imagenet", ROOT / "model_store")
         DEMO.mkdir(exist_ok=True)
         console.print("starting TorchServe")
-        with serving("imagenet", ROOT / "model_store", environment, ROOT / "run" / "demo") as server:
+        with serving(["imagenet"], ROOT / "model_store", environment, ROOT / "run" / "demo") as server:
             show(server, console)
     except (Failed, Refused) as reason:
         print(f"demo: {reason}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Serves archives on this machine: checks what can be checked, starts TorchServe, waits until it truly answers."""
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,23 @@ class Failed(Exception):
 class Server:
     """A TorchServe that answers."""
 
-    name: str
+    names: Sequence[str]
     inference: str
     management: str
     metrics: str
     grpc: str
+    run: Path
     process: subprocess.Popen[bytes]
+
+    def authorization(self, api: str = "inference") -> dict[str, str]:
+        """Return the header that TorchServe asks for when token authorization is on."""
+        keys = self.run / "key_file.json"
+        return {"Authorization": f"Bearer {json.loads(keys.read_text())[api]['key']}"} if keys.exists() else {}
 
 
 @contextmanager
-def serving(name: str, store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
-    """Serve one archive with config.properties and the relaxations of a local try; stop when the context is left.
+def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
+    """Serve archives with config.properties and the relaxations of a local try; stop when the context is left.
 
     `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises Failed.
     """
@@ -58,10 +65,11 @@ def serving(name: str, store: Path, environment: Mapping[str, str], run: Path) -
     _check_loopback(settings)
     _check_ports(settings)
     run.mkdir(parents=True, exist_ok=True)
+    (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
     log = run / "torchserve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _command(name, store),
+            _command(names, store),
             env=_environment(settings, run),
             cwd=run,
             stdout=output,
@@ -69,11 +77,12 @@ def serving(name: str, store: Path, environment: Mapping[str, str], run: Path) -
             start_new_session=True,
         )
     server = Server(
-        name,
+        names,
         settings["TS_INFERENCE_ADDRESS"],
         settings["TS_MANAGEMENT_ADDRESS"],
         settings["TS_METRICS_ADDRESS"],
         f"127.0.0.1:{settings['TS_GRPC_INFERENCE_PORT']}",
+        run,
         process,
     )
     try:
@@ -103,10 +112,19 @@ def _sockets(count: int) -> Iterator[list[int]]:
             one.close()
 
 
-def _command(name: str, store: Path) -> list[str]:
+def _command(names: Sequence[str], store: Path) -> list[str]:
     start = "import sys; from ts.model_server import start; sys.argv[0] = 'torchserve'; start()"
-    options = {"--model-store": store, "--models": f"{name}={name}.mar", "--ts-config": ROOT / "config.properties"}
-    return [sys.executable, "-c", start, "--start", "--foreground", "--ncs", *(str(p) for o in options.items() for p in o)]
+    options = ["--model-store", str(store), "--ts-config", str(ROOT / "config.properties"), "--models"]
+    return [
+        sys.executable,
+        "-c",
+        start,
+        "--start",
+        "--foreground",
+        "--ncs",
+        *options,
+        *(f"{name}={name}.mar" for name in names),
+    ]
 
 
 def _environment(settings: Mapping[str, str], run: Path) -> dict[str, str]:
@@ -160,25 +178,23 @@ def _wait(server: Server, log: Path) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise Failed(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
-        if _ready(server) and _answers(server, photo):
+        if all(_ready(server, name) and _answers(server, name, photo) for name in server.names):
             return
         time.sleep(0.3)
-    raise Failed(f"{server.name} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
+    raise Failed(f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
 
 
-def _ready(server: Server) -> bool:
+def _ready(server: Server, name: str) -> bool:
     try:
-        answer = httpx.get(f"{server.management}/models/{server.name}", timeout=5)
+        answer = httpx.get(f"{server.management}/models/{name}", headers=server.authorization("management"), timeout=5)
     except httpx.TransportError:
         return False
-    if answer.status_code != 200:
-        return answer.status_code == 400 and "Token" in answer.text  # with keys required, only clients can tell
-    return any(worker["status"] == "READY" for worker in answer.json()[0]["workers"])
+    return answer.status_code == 200 and any(worker["status"] == "READY" for worker in answer.json()[0]["workers"])
 
 
-def _answers(server: Server, photo: bytes) -> bool:
-    answer = httpx.post(f"{server.inference}/predictions/{server.name}", files={"data": photo}, timeout=60)
-    return answer.status_code in (200, 400)  # 400: alive, and asking for a key
+def _answers(server: Server, name: str, photo: bytes) -> bool:
+    url = f"{server.inference}/predictions/{name}"
+    return httpx.post(url, files={"data": photo}, headers=server.authorization(), timeout=60).status_code == 200
 
 
 def _tail(log: Path) -> str:
@@ -208,17 +224,20 @@ def ensure_archive(name: str, store: Path) -> None:
 
 def announcement(server: Server) -> str:
     """Say where the server is, and three requests that work as they stand."""
-    photo, inference, name = photo_path(), server.inference, server.name
+    name, photo, inference = server.names[0], photo_path(), server.inference
+    keys = server.authorization()
+    key = "".join(f"-H '{header}: {value}' " for header, value in keys.items())
+    off = "Token authorization is off, for this machine alone; config.properties has it on."
     return f"""
-{name} answers. Token authorization is off, for this machine alone; config.properties has it on.
+{", ".join(server.names)} answers. {f"Keys are in {server.run / 'key_file.json'}." if keys else off}
 
   predictions   {inference}/predictions/{name}
   explanations  {inference}/explanations/{name}   (a browser gets a page to try it)
   management    {server.management}   metrics {server.metrics}/metrics   gRPC {server.grpc}
 
-  curl -F data=@{photo} {inference}/predictions/{name}
-  curl -F data=@{photo} {inference}/explanations/{name}
-  curl -F data=@{photo} -F method=all -F output=png -o why.png {inference}/explanations/{name}
+  curl {key}-F data=@{photo} {inference}/predictions/{name}
+  curl {key}-F data=@{photo} {inference}/explanations/{name}
+  curl {key}-F data=@{photo} -F method=all -F output=png -o why.png {inference}/explanations/{name}
 
 Ctrl-C stops it.
 """
@@ -227,13 +246,14 @@ Ctrl-C stops it.
 def main() -> int:
     """Serve until Ctrl-C."""
     command = argparse.ArgumentParser(prog="make serve", description=__doc__)
-    command.add_argument("name", nargs="?", default="imagenet", help="a folder of classifiers/, or an archive of model_store/")
-    name = command.parse_args().name
+    command.add_argument("names", nargs="*", default=["imagenet"], help="folders of classifiers/, or archives of model_store/")
+    names = command.parse_args().names
     environment = {key: value for key, value in os.environ.items() if key.startswith("TS_")}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is as clean as Ctrl-C
     try:
-        ensure_archive(name, ROOT / "model_store")
-        with serving(name, ROOT / "model_store", environment, ROOT / "run") as server:
+        for name in names:
+            ensure_archive(name, ROOT / "model_store")
+        with serving(names, ROOT / "model_store", environment, ROOT / "run") as server:
             print(announcement(server), flush=True)
             server.process.wait()
             raise Failed(f"TorchServe ended; see {ROOT / 'run' / 'torchserve.log'}")

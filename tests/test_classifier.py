@@ -91,7 +91,7 @@ def test_gradients_are_finite_differences(classifier, image):
     step = torch.zeros_like(image)
     step[1, 4, 7] = 1e-6
     up, down = classifier.evaluate(torch.stack([image + step, image - step]), [2, 2], [Score.PROBABILITY] * 2).scores
-    assert float(gradients[0, 1, 4, 7]) == pytest.approx(float(up - down) / 2e-6, rel=1e-5)
+    assert float(gradients[0, 1, 4, 7]) == pytest.approx(float(up - down) / 2e-6, rel=1e-3)
 
 
 def test_layers_early_and_late_are_captured_in_one_pass_despite_in_place_activations(model, image):
