@@ -3,6 +3,8 @@
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 python=$here/.venv/bin/python
 [ -x "$python" ] || python=$(command -v python3) || { echo "archive.sh: python3 is missing" >&2; exit 1; }
-"$python" -c "import torch, torchvision, model_archiver" 2>/dev/null || {
+"$python" -c "
+from importlib.util import find_spec
+assert all(map(find_spec, ('torch', 'torchvision', 'model_archiver')))" 2>/dev/null || {
     echo "archive.sh: $python lacks the requirements; run 'make setup' first" >&2; exit 1; }
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m deploy.archive "$@"

@@ -107,6 +107,8 @@ class Service:
     def _evaluate(self, exchanges: Sequence[Exchange]) -> None:
         """Let the model see the images of all requests together."""
         images = [image for exchange in exchanges for image in exchange.images]
+        if not images:
+            return
         try:
             for image, logits in zip(images, self._engine.logits([image.picture.input for image in images]), strict=True):
                 image.logits, image.probabilities = logits, logits.softmax(0)

@@ -1,0 +1,195 @@
+"""What archive.sh takes and what it refuses, with the reason."""
+
+import json
+import os
+import re
+import subprocess
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, small_cnn
+from safetensors.torch import save_file
+from torchvision.models import get_model
+
+from deploy.archive import Refused, build_archive, parser
+from serving.loading import build_network, load_classifier, read_labels
+from serving.settings import read_settings
+
+CONFIG = {"preprocessing": {"resize": [32, 32], "crop": None}}
+ARCHITECTURE = "mobilenet_v3_small"
+OWN_MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.head(self.convolution(x).relu().mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Build with the options of archive.sh and a configuration of its own; return the archive's path."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+
+    def run(*arguments, name="mine"):
+        options = ["--store", tmp_path / "store", "--config", tmp_path / "config.yaml", *arguments]
+        return build_archive(name, parser().parse_args([name, *map(str, options)]))
+
+    return run
+
+
+def mobilenet(classes=4):
+    torch.manual_seed(0)
+    return get_model(ARCHITECTURE, weights=None, num_classes=classes)
+
+
+def unpacked(path, folder):
+    with zipfile.ZipFile(path) as mar:
+        mar.extractall(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors", "wrapped", "parallel"])
+def test_a_checkpoint_of_a_torchvision_architecture_is_archived(archive, tmp_path, form):
+    model = mobilenet()
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    state = model.state_dict()
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "parallel":
+        torch.save(OrderedDict((f"module.{key}", value) for key, value in state.items()), path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state} if form == "wrapped" else state, path)
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
+    mar = archive("--arch", ARCHITECTURE, "--weights", path, "--labels", tmp_path / "labels.txt")
+    folder = unpacked(mar, tmp_path / "unpacked")
+    settings = read_settings(yaml.safe_load((folder / "model-config.yaml").read_text()))
+    classifier, labels = load_classifier(folder, settings)
+    assert labels == ["a", "b", "c", "d"]
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(classifier.logits(x), model.eval()(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_users_own_model_is_archived(archive, tmp_path):
+    (tmp_path / "model.py").write_text(OWN_MODEL)
+    state = {"convolution.weight": (4, 3, 3, 3), "convolution.bias": (4,), "head.weight": (3, 4), "head.bias": (3,)}
+    torch.save({name: torch.randn(shape) for name, shape in state.items()}, tmp_path / "w.pth")
+    mar = archive("--model", tmp_path / "model.py", "--weights", tmp_path / "w.pth")
+    names = set(zipfile.ZipFile(mar).namelist())
+    assert {"model.py", "weights.safetensors", "model-config.yaml", "explain_handler.py", "attribution/engine.py"} <= names
+    assert "index_to_name.json" not in names
+
+
+class Exploit:
+    def __reduce__(self):
+        return (os.system, ("touch exploited",))
+
+
+def refusals():
+    model, arch = mobilenet(), ["--arch", ARCHITECTURE]
+    state = model.state_dict()
+    yield "labels", arch, state, "a\nb\nc\n", "3 labels for a classifier of 4 classes"
+    yield "missing", arch, {k: v for k, v in state.items() if "features.9" not in k}, None, "missing, such as features.9"
+    yield "unknown", arch, state | {"extra": torch.ones(1)}, None, "unknown, such as extra"
+    yield "other", ["--arch", "vgg11"], state, None, "the weights do not fit vgg11"
+    yield "shapes", arch, state | {"features.0.0.weight": torch.ones(16, 3, 5, 5)}, None, "of another shape"
+    yield "whole", arch, model, None, "save model.state_dict()"
+    yield "exploit", arch, Exploit(), None, "not a state dict that is safe to load"
+    yield "list", arch, [1, 2], None, "holds no state dict"
+    yield "garbage", arch, b"not a checkpoint", None, "w.pth"
+    yield "arch", ["--arch", "resnet19"], state, None, "'resnet19' is unknown"
+
+
+@pytest.mark.parametrize("case", list(refusals()), ids=lambda case: case[0])
+def test_what_cannot_be_served_is_refused_with_the_reason(archive, tmp_path, case):
+    _, options, weights, labels, reason = case
+    if isinstance(weights, bytes):
+        (tmp_path / "w.pth").write_bytes(weights)
+    else:
+        torch.save(weights, tmp_path / "w.pth")
+    if labels:
+        (tmp_path / "l.txt").write_text(labels)
+        options = [*options, "--labels", tmp_path / "l.txt"]
+    with pytest.raises(Refused, match=re.escape(reason)):
+        archive(*options, "--weights", tmp_path / "w.pth")
+    assert not (tmp_path / "store").exists() and not Path("exploited").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "reason"),
+    [
+        ([], "nowhere", "there is no classifiers/nowhere"),
+        (["--weights", "nowhere.pth", "--arch", "resnet18"], "mine", "nowhere.pth does not exist"),
+        ([], "../escape", "is no model name"),
+    ],
+)
+def test_a_wrong_command_is_refused_without_a_traceback(arguments, name, reason):
+    result = subprocess.run(["./archive.sh", name, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode in (1, 2) and reason in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"preprocessing": {"resise": 3}}, "preprocessing.resise"),
+        ({"preprocessing": {"mean": [0.5], "std": [0.5, 0.5, 0.5]}}, "mean and std"),
+        ({"preprocessing": {"resize": 256, "crop": None}}, "without a crop"),
+        ({"explanations": {"limits": {"seconds": 119}}}, "responseTimeout"),
+        ({"explanations": {"defaults": {"methd": "ig"}}}, "unknown parameter 'methd'"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_naming_the_key(archive, tmp_path, content, reason):
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(Refused, match=re.escape(reason)):
+        archive("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth")
+
+
+def test_two_builds_at_once_do_not_disturb_each_other(tmp_path):
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    command = ["./archive.sh", "twin", "--arch", ARCHITECTURE, "--weights", str(tmp_path / "w.pth"), "--store", str(tmp_path)]
+    builds = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [build.wait() for build in builds] == [0, 0]
+    assert zipfile.ZipFile(tmp_path / "twin.mar").testzip() is None
+    assert [path.name for path in tmp_path.glob("*.mar")] == ["twin.mar"] and not list(tmp_path.glob(".*.mar"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels"),
+    [
+        ("l.json", '["x", "y"]', ["x", "y"]),
+        ("l.json", '{"1": "y", "0": "x"}', ["x", "y"]),
+        ("l.json", '{"0": ["n01", "x"], "1": ["n02", "y"]}', ["x", "y"]),
+        ("l.txt", "x\n y \n\n", ["x", "y"]),
+    ],
+)
+def test_labels_are_read_in_every_common_form(tmp_path, name, text, labels):
+    (tmp_path / name).write_text(text)
+    assert read_labels(tmp_path / name) == labels
+
+
+def test_labels_with_a_gap_are_refused(tmp_path):
+    (tmp_path / "l.json").write_text(json.dumps({"0": "x", "2": "y"}))
+    with pytest.raises(ValueError, match="'1' has no label"):
+        read_labels(tmp_path / "l.json")
+
+
+def test_the_number_of_classes_is_that_of_the_weights(tmp_path):
+    network = build_network(ARCHITECTURE, tmp_path, mobilenet(6).state_dict())
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
+
+
+def test_two_public_modules_without_a_model_are_refused(tmp_path):
+    (tmp_path / "model.py").write_text(OWN_MODEL + "\nclass Other(Net):\n    pass\n")
+    with pytest.raises(ValueError, match="Net, Other"):
+        build_network("model.py", tmp_path, small_cnn().state_dict())
