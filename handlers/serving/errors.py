@@ -49,5 +49,8 @@ def from_engine(error: AttributionError) -> ClientError:
 
 def shown(value: object) -> str:
     """Return a client's value fit for a message: ASCII, at most 60 characters."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

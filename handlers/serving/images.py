@@ -1,8 +1,10 @@
 """Uploaded bytes become what the model sees, the way a person expects of their picture."""
 
 import io
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from math import ceil, floor
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,7 +15,7 @@ from serving.errors import ClientError, bad_request
 from serving.settings import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders that run no code of the file's
-ELONGATED = 8  # times longer than wide: what the centre crop cannot see is cut off before it is enlarged
+ELONGATED = 8  # times longer than wide
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) ->
     """Decode and prepare an upload; raises ClientError 400 (not an image) or 413 (too many pixels)."""
     image = _upright(_decoded(data, pixel_limit), "L" if len(preprocessing.mean) == 1 else "RGB")
     width, height = image.size
-    trimmed, offset = _trimmed(image)
-    seen, crop = _seen(trimmed, preprocessing)
-    left, top, right, bottom = (round(c + o) for c, o in zip(crop, offset * 2, strict=True))
+    trimmed, (x, y) = _trimmed(image, preprocessing)
+    seen, (left, top, right, bottom) = _seen(trimmed, preprocessing)
+    # Outwards to whole pixels, and where a small image was padded no further than the image.
+    crop = (max(0, floor(left + x)), max(0, floor(top + y)), min(width, ceil(right + x)), min(height, ceil(bottom + y)))
     tensor = preprocessing.normalization(transforms.functional.to_tensor(seen))
-    return Picture(tensor, seen, width, height, (left, top, right, bottom))
+    return Picture(tensor, seen, width, height, crop)
 
 
 def _decoded(data: bytes, pixel_limit: int) -> Image.Image:
@@ -69,7 +72,8 @@ def too_large(size: str, pixel_limit: int) -> ClientError:
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:
     """Turn the image as its EXIF tag says, put it on white where it is transparent, and reduce it to 8 bits."""
-    image = ImageOps.exif_transpose(image)
+    with suppress(Exception):  # a broken EXIF block tells no orientation, and spoils nothing else
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     if image.has_transparency_data:
@@ -80,18 +84,23 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and float greyscale to 8 bits by the range that its values show."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    """Scale 16-bit, 32-bit and float greyscale to 8 bits by the range that its values show; transparent is white."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     largest = values.max(initial=0)
     top = next((limit for limit in (1.0, 255.0, 65535.0) if largest <= limit and (limit > 1 or image.mode == "F")), largest)
     top = 65535.0 if image.mode.startswith("I;16") else top
-    return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    scaled = (values.clip(0, top) * np.float32(255 / top)).round().astype(np.uint8)
+    scaled[values == image.info.get("transparency")] = 255
+    return Image.fromarray(scaled)
 
 
-def _trimmed(image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
-    """Cut the far ends off a very long image: enlarged whole, it would not fit into memory."""
+def _trimmed(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, tuple[int, int]]:
+    """Cut off the far ends of a very long image that the crop cannot see: enlarged whole, it would not fit into memory."""
     width, height = image.size
-    kept = min(width, ELONGATED * height), min(height, ELONGATED * width)
+    if not isinstance(preprocessing.resize, int):
+        return image, (0, 0)  # nothing grows with the length
+    longest = max(ELONGATED, ceil(2 * max(preprocessing.size) / preprocessing.resize))
+    kept = min(width, longest * height), min(height, longest * width)
     left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
     if (left, top) == (0, 0):
         return image, (0, 0)

@@ -13,7 +13,7 @@ from attribution.methods.noise import Kind
 from attribution.methods.relevance import Reduction
 from attribution.rows import Score
 from serving.colormaps import COLORMAPS
-from serving.errors import ClientError, bad_request, shown
+from serving.errors import bad_request, shown
 
 Output = Literal["json", "png", "npy", "html"]
 
@@ -38,6 +38,7 @@ def _one_of(values: Iterable[str]) -> str:
 
 Whole = Annotated[int, BeforeValidator(_without_bool)]
 Number = Annotated[float, BeforeValidator(_without_bool), Field(allow_inf_nan=False)]
+Target = Annotated[str | int, BeforeValidator(_without_bool)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -48,13 +49,15 @@ class Parameters(BaseModel):
 
     method: Names = Field(("integrated_gradients",), description="names of methods, or 'all'")
     # A label may hold a comma, so a string is split only when the classes are known.
-    target: tuple[str | int, ...] | str | int | None = Field(None, description="a class index, a label, or a list of them")
+    target: Target | Annotated[tuple[Target, ...], Field(min_length=1)] | None = Field(
+        None, description="a class index, a label, or a list of them"
+    )
     output: Output = Field("json", description=_one_of(("json", "png", "npy", "html")))
     values: bool = Field(False, description="true or false")
     baseline: Baseline | None = Field(None, description=_one_of(Baseline))
     max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")
-    steps: Whole | None = Field(None, ge=1, description="a whole number from 1")
-    samples: Whole | None = Field(None, ge=1, description="a whole number from 1")
+    steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
+    samples: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
     stdev: Number | None = Field(None, ge=0, le=1, description="a fraction of the input's range from 0 to 1")
     smoothing: Kind | None = Field(None, description=_one_of(Kind))
     score: Score = Field(Score.LOGIT, description=_one_of(Score))
@@ -90,18 +93,15 @@ def read_parameters(*layers: Mapping[str, object]) -> Parameters:
         if "max_error" in given:
             merged.pop("steps", None)  # steps chosen by a weaker layer would silence it
         merged |= given
+    known = Parameters.model_fields
+    for name in merged:
+        if name not in known:
+            raise bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(known)}")
     try:
         return Parameters.model_validate(merged)
     except ValidationError as error:
-        raise _refusal(error, merged) from None
-
-
-def _refusal(error: ValidationError, given: Mapping[str, object]) -> ClientError:
-    name = str(error.errors()[0]["loc"][0])
-    known = Parameters.model_fields
-    if name not in known:
-        return bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(known)}")
-    return bad_request(f"{name}: {shown(given.get(name))} is not allowed; allowed: {known[name].description}")
+        name = str(error.errors()[0]["loc"][0])
+        raise bad_request(f"{name}: {shown(merged[name])} is not allowed; allowed: {known[name].description}") from None
 
 
 class Capabilities:
@@ -147,11 +147,14 @@ class Labels:
             )
         indices = self._indices.get(item, [])
         if len(indices) > 1:
-            raise bad_request(
-                f"target: the label {shown(item)} is shared by the classes {', '.join(map(str, indices))}; give an index"
-            )
+            raise bad_request(f"target: the label {shown(item)} is shared by the classes {_few(indices)}; give an index")
         if not indices:
             raise bad_request(
                 f"target: {shown(item)} is no label; allowed: an index from 0 to {len(self.names) - 1}, or a label"
             )
         return indices[0]
+
+
+def _few(indices: list[int]) -> str:
+    """List indices, the first twenty of many."""
+    return ", ".join(map(str, indices[:20])) + (", ..." if len(indices) > 20 else "")

@@ -127,7 +127,8 @@ def contact_sheet(cells: Sequence[Cell], columns: int = 4) -> Image.Image:
 
 
 def _fitted(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Shorten a text to a width in pixels."""
+    """Shorten a text to one line of a width in pixels."""
+    text = " ".join(text.split())[:200]
     if pen.textlength(text, font) <= width:
         return text
     while text and pen.textlength(text + "...", font) > width:

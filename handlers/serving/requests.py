@@ -76,6 +76,8 @@ def read_request(row: Mapping[str, Any], raw_headers: Mapping[str, Any], request
         name = content.get("id")
         return Request(Protocol.KSERVE_V2, explain, _v2(content), defaults, name if isinstance(name, str) else request_id)
     fields = dict(content)
+    if "body" in fields:
+        fields.setdefault("data", fields.pop("body"))  # as TorchServe's own handlers take it
     asked = fields.pop("explain", None)  # how a gRPC request says it
     if asked is not None:
         explain = _truth("explain", asked)
@@ -93,8 +95,9 @@ def _accepted(accept: str) -> str | None:
     for item in accept.lower().split(","):
         kind, *options = (part.strip() for part in item.split(";"))
         quality = next((o[2:] for o in options if o.startswith("q=")), "1")
-        if kind in ACCEPTED:
-            ranked.append((float(quality) if quality.replace(".", "", 1).isdecimal() else 0.0, ACCEPTED[kind]))
+        weight = float(quality) if quality.replace(".", "", 1).isdecimal() else 0.0
+        if kind in ACCEPTED and weight > 0:
+            ranked.append((weight, ACCEPTED[kind]))
     return max(ranked, key=lambda pair: pair[0])[1] if ranked else None
 
 
@@ -106,7 +109,7 @@ def _content(row: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, An
     if isinstance(body, bytes | bytearray) and "json" in headers.get("content-type", "").lower():
         try:
             body = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise bad_request('the body is not valid JSON; allowed: {"data": "<base64>", ...}') from None
     if isinstance(body, bytes | bytearray | str):
         return {"data": bytes(body) if isinstance(body, bytearray) else body} if body else None
@@ -128,8 +131,6 @@ def _text(name: str, value: object) -> object:
 def _instance(fields: Mapping[str, object]) -> Instance:
     rest = dict(fields)
     image = rest.pop("data", None)
-    if image is None:
-        image = rest.pop("body", None)
     return Instance(_image_bytes(image), rest)
 
 
