@@ -7,3 +7,7 @@ from pathlib import Path
 def photo_path() -> Path:
     """Return where the installed package holds the photo."""
     return Path(str(files("skimage"))) / "data" / "coffee.png"
+
+
+if __name__ == "__main__":
+    print(photo_path())

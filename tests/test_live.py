@@ -142,7 +142,7 @@ def test_pictures_come_as_fields_and_by_accept_header(client):
     assert by_field.content == by_header.content
     assert Image.open(io.BytesIO(by_field.content)).size == (224, 224)
     sheet = Image.open(io.BytesIO(explain(client, output="png", method="all").content))
-    assert sheet.width > 3 * 224
+    assert sheet.width > 3 * 224 and sheet.height > 2 * 224
 
 
 def test_the_report_is_one_self_contained_page(client):

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,9 +109,9 @@ class Cell:
     scale: Scale | None = None
 
 
-def contact_sheet(cells: Sequence[Cell], columns: int = 4) -> Image.Image:
+def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
     """Draw the cells side by side, each under its title and above its scale."""
-    columns = min(columns, len(cells))
+    columns = ceil(sqrt(len(cells)))
     font, small, gap, head = ImageFont.load_default(13), ImageFont.load_default(11), 8, 34
     width = max(max(cell.picture.width for cell in cells), 160) + gap
     height = max(cell.picture.height for cell in cells) + head + STRIP + gap

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+import torch
+
 from attribution.classifier import Classifier
-from attribution.engine import Engine, Explained
+from attribution.engine import Engine, Explained, Job
 from attribution.errors import AttributionError, NotFinite
+from attribution.methods import Case
+from attribution.methods.path import IntegratedGradients
 from serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer, try_it_page
 from serving.errors import ClientError, bad_request, from_engine, over_limit, shown
 from serving.images import read_picture
@@ -78,6 +82,14 @@ class Service:
         self._planner = Planner(classifier, self._labels, settings.explanations)
         self._engine = Engine(classifier, self._limits.pack)
         self._model = dict(model)
+
+    def warm_up(self) -> None:
+        """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
+        classifier = self._engine.classifier
+        blank = torch.zeros(len(self._preprocessing.mean), *self._preprocessing.size)
+        self._engine.logits([blank])
+        case = Case(classifier, blank.to(classifier.device, classifier.dtype), 0, budget=17)
+        self._engine.explain([Job(IntegratedGradients(max_error=1e-9), case)])
 
     def answer(self, rows: Sequence[Row]) -> list[Exchange]:
         """Answer each request as if it had come alone."""
