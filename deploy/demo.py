@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from attribution.methods import METHODS
 from deploy.archive import ROOT, Refused
 from deploy.photo import photo_path
 from deploy.serve import Failed, Server, ensure_archive, free_ports, serving
 
 DEMO = ROOT / "demo"
-METHODS = ("integrated_gradients", "gradient_shap", "grad_cam", "sensitivity", "biased_layer")
 
 
 def ask(server: Server, kind: str, **fields: str) -> httpx.Response:

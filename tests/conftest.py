@@ -9,6 +9,9 @@ from torch import nn
 
 from attribution.classifier import Classifier, Normalization
 
+# Several threads wait for each other where other processes have the cores.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SIZE = (16, 16)

@@ -32,7 +32,7 @@ batchSize: 8
 maxBatchDelay: 100
 responseTimeout: 120
 explanations:
-  limits: {evaluations: 300, targets: 3, pixels: 1000000, seconds: 60, instances: 4, pack: 8}
+  limits: {evaluations: 700, targets: 3, pixels: 1000000, seconds: 60, instances: 4, pack: 8}
 """
 
 

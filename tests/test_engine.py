@@ -188,6 +188,14 @@ def test_cheap_jobs_are_answered_before_the_deadline_ends_the_others(classifier,
     assert next(ticks) < 30  # it stopped in time
 
 
+def test_one_slow_batch_does_not_refuse_the_next(classifier, image):
+    times = iter([0.0, 50.0])  # the first batch's only pass takes 50 seconds, all later ones none
+    engine = Engine(classifier, 4, clock=lambda: next(times, 50.0))
+    job = Job(Sensitivity(), Case(classifier, image, 0, known_score=0.0))
+    first, later = (engine.explain([job], deadline)[0] for deadline in (60.0, 60.0))
+    assert torch.equal(first.attribution.map, later.attribution.map)
+
+
 def test_a_model_that_answers_nan_is_not_explained(image):
     model = small_cnn()
     with torch.no_grad():

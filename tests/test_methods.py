@@ -11,10 +11,12 @@ from attribution.classifier import Classifier
 from attribution.engine import Engine, Job
 from attribution.methods import METHODS, Case, Smoothing
 from attribution.methods.baselines import Baseline
-from attribution.methods.cam import GradCam
+from attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam
 from attribution.methods.gradient import Sensitivity
+from attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from attribution.methods.noise import Kind, Moments
 from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.methods.perturbation import Occlusion
 from attribution.methods.relevance import BiasedLayer, BiasedLayers, Reduction
 from attribution.rows import Score
 
@@ -144,6 +146,66 @@ def test_grad_cam_of_a_known_head(image):
     expected = (head.weight[1].detach()[:, None, None] * features[0]).sum(0).relu() / features[0, 0].numel()
     expected = nn.functional.interpolate(expected[None, None], SIZE, mode="bilinear")[0]
     torch.testing.assert_close(explain(Job(GradCam(), case_of(classifier, image))).attribution.map, expected)
+
+
+def naive_layer(model, image, target):
+    """Return the activations and gradients [channels, h, w] at the small network's `reduce`, by hand."""
+    x = model.relu(model.norm(model.stem(image[None])))
+    x = model.relu(x + model.norm2(model.depthwise(x)))
+    activation = model.reduce(x).detach().requires_grad_()
+    model.head(torch.flatten(model.pool(activation.relu()), 1))[0, target].backward()
+    return activation[0].detach(), activation.grad[0]
+
+
+def test_grad_cam_plus_plus_is_its_naive_replica(model, classifier, image):
+    activation, gradient = naive_layer(model, image, 1)
+    cam = torch.zeros_like(activation[0])
+    for a, g in zip(activation, gradient, strict=True):
+        weight = 0.0
+        for i, j in torch.cartesian_prod(torch.arange(a.shape[0]), torch.arange(a.shape[1])).tolist():
+            if g[i, j] != 0:
+                alpha = g[i, j] ** 2 / (2 * g[i, j] ** 2 + a.sum() * g[i, j] ** 3)
+                weight += alpha * max(float(g[i, j]), 0.0)
+        cam += weight * a
+    expected = nn.functional.interpolate(cam.relu()[None, None], SIZE, mode="bilinear")[0]
+    found = explain(Job(GradCamPlusPlus("reduce"), case_of(classifier, image))).attribution.map
+    torch.testing.assert_close(found, expected)
+
+
+def test_layer_cam_is_its_naive_replica(model, classifier, image):
+    activation, gradient = naive_layer(model, image, 1)
+    cam = sum(g.clamp(min=0) * a for a, g in zip(activation, gradient, strict=True)).clamp(min=0)
+    expected = nn.functional.interpolate(cam[None, None], SIZE, mode="bilinear")[0]
+    found = explain(Job(LayerCam("reduce"), case_of(classifier, image))).attribution.map
+    torch.testing.assert_close(found, expected)
+
+
+def test_guided_relu6_passes_back_only_what_is_positive_and_not_cut():
+    class Net(nn.Module):
+        def forward(self, x):
+            x = x.flatten(1)[:, :4]
+            return nn.functional.relu6(x) @ torch.tensor([[2.0, 1], [-3, 1], [5, 1], [7, 1]], dtype=x.dtype)
+
+    classifier = Classifier(Net(), NORMALIZATION, SIZE)
+    image = torch.zeros(3, *SIZE)
+    image[0, 0, :4] = torch.tensor([1.0, 2.0, -1.0, 9.0])  # passed, weight negative, below 0, above 6
+    found = explain(Job(GuidedBackprop(), Case(classifier, image, 0, known_score=0.0))).attribution.map
+    assert found[0, 0, :4].tolist() == [2, 0, 0, 0]
+
+
+def test_a_model_without_relus_or_grids_says_what_cannot_serve_it():
+    gelu = Classifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(784, 2)), NORMALIZATION, SIZE)
+    assert "no ReLU" in GuidedBackprop.unsupported(gelu) and "no ReLU" in GuidedGradCam.unsupported(gelu)
+    flat = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 9), nn.ReLU(), nn.Linear(9, 2)), NORMALIZATION, SIZE)
+    assert GuidedBackprop.unsupported(flat) is None
+    assert all("spatial" in method.unsupported(flat) for method in (GradCam, LayerCam, GuidedGradCam))
+
+
+def test_occlusion_of_a_linear_model_is_what_was_hidden(linear, linear_classifier, image):
+    found = explain(Job(Occlusion(Baseline.MEAN), case_of(linear_classifier, image))).attribution.map[0]
+    lost = (linear.weight(1) * image).sum(0)  # by pixel; the mean image is zero after normalisation
+    corner = lost[:2, :2].sum()  # the only window that covers the corner's pixel
+    torch.testing.assert_close(found[0, 0], corner)
 
 
 class NaiveBiased(torch.autograd.Function):

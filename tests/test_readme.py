@@ -12,7 +12,6 @@ from live import served
 
 from attribution.methods import METHODS
 from deploy.archive import build_archive, parser
-from deploy.demo import METHODS as SHOWN
 from deploy.photo import photo_path
 from serving.parameters import Parameters
 
@@ -34,10 +33,6 @@ def test_the_methods_table_lists_every_method_and_only_those():
 
 def test_the_parameters_table_lists_every_parameter_and_only_those():
     assert {name for cell in table("Asking") for name in re.findall(r"`(\w+)`", cell)} == set(Parameters.model_fields)
-
-
-def test_the_demo_shows_every_method():
-    assert set(SHOWN) == set(METHODS)
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^make (\w+)|`make (\w+)", README, re.M))))

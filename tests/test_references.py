@@ -5,17 +5,25 @@ import pytest
 import torch
 import yaml
 from captum.attr import GradientShap as CaptumShap
+from captum.attr import GuidedBackprop as CaptumGuided
+from captum.attr import GuidedGradCam as CaptumGuidedGradCam
+from captum.attr import InputXGradient as CaptumInputXGradient
 from captum.attr import IntegratedGradients as CaptumIG
-from captum.attr import LayerAttribution, LayerGradCam, NoiseTunnel, Saliency
-from conftest import ROOT
+from captum.attr import LayerAttribution, LayerGradCam, NoiseTunnel
+from captum.attr import Occlusion as CaptumOcclusion
+from captum.attr import Saliency as CaptumSaliency
+from conftest import NORMALIZATION, ROOT, SIZE
+from torch import nn
 
 from attribution.classifier import Classifier
 from attribution.engine import Engine, Job
 from attribution.methods import Case, Smoothing
 from attribution.methods.cam import GradCam
-from attribution.methods.gradient import Sensitivity
+from attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
+from attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from attribution.methods.noise import Kind
 from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.methods.perturbation import Occlusion
 from serving.images import read_picture
 from serving.settings import read_settings
 
@@ -49,7 +57,7 @@ def test_integrated_gradients_is_captums(model, classifier, image, steps):
 
 
 def test_sensitivity_is_the_squared_norm_of_captums_saliency(model, classifier, image):
-    gradient = Saliency(model).attribute(image[None].clone(), TARGET, abs=False)[0]
+    gradient = CaptumSaliency(model).attribute(image[None].clone(), TARGET, abs=False)[0]
     assert relative_difference(explain(classifier, Sensitivity(), image)[0], gradient.square().sum(0)) < 1e-6
 
 
@@ -61,6 +69,62 @@ def test_grad_cam_is_captums(model, classifier, image, layer):
     expected = LayerAttribution.interpolate(found, image.shape[-2:], "bilinear")[0]
     layer = "depthwise" if layer == "norm2" else layer
     assert relative_difference(explain(classifier, GradCam(layer), image), expected.detach()) < 1e-6
+
+
+def test_saliency_is_captums(model, classifier, image):
+    expected = CaptumSaliency(model).attribute(image[None].clone(), TARGET)[0]
+    assert relative_difference(explain(classifier, Saliency(), image), expected) < 1e-6
+
+
+def test_input_x_gradient_is_captums(model, classifier, image):
+    expected = CaptumInputXGradient(model).attribute(image[None].clone(), TARGET)[0].detach()
+    assert relative_difference(explain(classifier, InputXGradient(), image), expected) < 1e-6
+
+
+class Relus(nn.Module):
+    """A ReLU module for each place, as Captum needs them; or the same ReLUs reused, in place and as functions."""
+
+    def __init__(self, own_modules):
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.second, self.third = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 5)
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(4))
+        self.shared = nn.ReLU(inplace=True)
+        self.own_modules = own_modules
+
+    def forward(self, x):
+        functions = (self.shared, torch.relu, self.shared, nn.functional.relu_)
+        a, b, c, d = self.relus if self.own_modules else functions
+        x = a(self.first(x))
+        x = b(x + self.second(x))
+        return self.head(d(c(self.third(x)) - 0.1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("own_modules", [True, False])
+def test_guided_backprop_is_captums_whatever_form_the_relus_have(image, own_modules):
+    expected = CaptumGuided(Relus(True).double().eval()).attribute(image[None].clone(), TARGET)[0]
+    classifier = Classifier(Relus(own_modules).double(), NORMALIZATION, SIZE)
+    assert relative_difference(explain(classifier, GuidedBackprop(), image), expected) < 1e-6
+
+
+def test_guided_grad_cam_is_captums(image):
+    model = Relus(True).double().eval()
+    captum = CaptumGuidedGradCam(model, model.third)
+    expected = captum.attribute(image[None].clone(), TARGET, interpolate_mode="bilinear")[0].detach()
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    assert relative_difference(explain(classifier, GuidedGradCam("third"), image), expected) < 1e-6
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_occlusion_is_captums(model, side):
+    image = NORMALIZATION(torch.rand(3, side, side, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    window, stride = side // 8, side // 16
+    classifier = Classifier(model, NORMALIZATION, (side, side))
+    expected = CaptumOcclusion(classifier.logits).attribute(
+        image[None], (3, window, window), (3, stride, stride), black(classifier, image), TARGET
+    )[0, :1]
+    assert relative_difference(explain(classifier, Occlusion(), image), expected) < 1e-6
 
 
 @pytest.mark.parametrize("stdev", [0.0, 0.1])
@@ -109,7 +173,7 @@ def test_in_float32_as_served_maps_keep_direction_and_length(lite0, served, monk
         expected = CaptumShap(lite0).attribute(inputs, baseline, 8, 0.0, TARGET)[0]
     elif name == "sensitivity":
         found = explain(classifier, Sensitivity(), image)
-        expected = Saliency(lite0).attribute(inputs.clone(), TARGET, abs=False)[0].square().sum(0, keepdim=True)
+        expected = CaptumSaliency(lite0).attribute(inputs.clone(), TARGET, abs=False)[0].square().sum(0, keepdim=True)
     elif name == "grad_cam":
         found = explain(classifier, GradCam(), image)
         cam = LayerGradCam(lite0, lite0.features).attribute(inputs, TARGET, relu_attributions=True)

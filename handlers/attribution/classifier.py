@@ -54,9 +54,9 @@ class Classifier:
         self.folded = fold_batch_norms(self._model)
         self._model.requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
-        example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
-        self.classes = self._count_classes(example)
-        self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, example)
+        self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
+        self.classes = self._count_classes()
+        self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
         # A few rules at a time: each holds changed layers, and a client chooses their parameters.
         self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
 
@@ -114,8 +114,8 @@ class Classifier:
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _count_classes(self, example: Tensor) -> int:
-        output = self.logits(example)
+    def _count_classes(self) -> int:
+        output = self.logits(self.example)
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")

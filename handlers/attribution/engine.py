@@ -136,7 +136,7 @@ class Engine:
         self.classifier = classifier
         self.pack = pack
         self._clock = clock
-        self._row_seconds = 0.0  # of the slowest rows lately, to foresee a deadline
+        self._longest = 0.0  # seconds of a pass of this batch, to foresee its deadline
 
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the logits [n, classes] of inputs [C, H, W], on the CPU; raises OutOfMemory."""
@@ -155,6 +155,7 @@ class Engine:
 
         Cheap jobs go first, so that the deadline, if it comes, costs as few answers as possible.
         """
+        self._longest = 0.0
         tasks = [_Task(job, job.attribute()) for job in jobs]
         live = sorted(tasks, key=lambda task: task.job.evaluations)
         for task in live:
@@ -182,7 +183,7 @@ class Engine:
     def _pass(self, slices: list[_Slice], deadline: float, live: list[_Task]) -> None:
         count = sum(part.count for part in slices)
         began = self._clock()
-        if began + count * self._row_seconds > deadline:
+        if began + self._longest > deadline:
             for task in live:
                 task.fail(DeadlinePassed("the explanation would not be finished in time"))
             return
@@ -195,7 +196,7 @@ class Engine:
         if evaluation is None:
             return  # the rows are still due, in smaller packs
         seconds = self._clock() - began
-        self._row_seconds = max(seconds / count, 0.9 * self._row_seconds)
+        self._longest = max(self._longest, seconds)
         start = 0
         for part in slices:
             part.consume(evaluation.slice(start, start + part.count), seconds * part.count / count)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-import torch
-
 from attribution.classifier import Classifier
 from attribution.engine import Engine, Explained, Job
 from attribution.errors import AttributionError, NotFinite
@@ -86,9 +84,8 @@ class Service:
     def warm_up(self) -> None:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
         classifier = self._engine.classifier
-        blank = torch.zeros(len(self._preprocessing.mean), *self._preprocessing.size)
-        self._engine.logits([blank])
-        case = Case(classifier, blank.to(classifier.device, classifier.dtype), 0, budget=17)
+        self._engine.logits([classifier.example[0]])
+        case = Case(classifier, classifier.example[0], 0, budget=17)
         self._engine.explain([Job(IntegratedGradients(max_error=1e-9), case)])
 
     def answer(self, rows: Sequence[Row]) -> list[Exchange]:

@@ -9,17 +9,12 @@ from torch.nn.functional import interpolate
 from attribution.classifier import Classifier
 from attribution.errors import Unsupported
 from attribution.methods.method import Attribution, Case, Method, register
-from attribution.rows import Asking, Evaluation, Layer
+from attribution.rows import Asking, Evaluation, Layer, Rows
 
 
-@register("grad_cam")
 @dataclass(frozen=True)
-class GradCam(Method):
-    """ReLU of a layer's feature maps weighted by the mean gradient of each: which region spoke for the target.
-
-    L = ReLU(sum_k alpha_k A_k), alpha_k the spatial mean of dF/dA_k; arXiv:1610.02391, equations 1 and 2.
-    Never negative; enlarged bilinearly to the input. `layer` is a module's dotted name or `last`.
-    """
+class Cam(Method):
+    """One row: a layer's activations and gradients, combined and enlarged bilinearly to the input; never negative."""
 
     signed: ClassVar[bool] = False
 
@@ -29,14 +24,13 @@ class GradCam(Method):
         return 1
 
     def attribute(self, case: Case) -> Asking[Attribution]:
-        name = case.classifier.grid_layer(self.layer)
         found: list[Layer] = []
+        yield [layer_row(case, self.layer, found)]
+        return Attribution(enlarged(self.combined(found[0]).relu(), case.input))
 
-        def keep(_start: int, evaluation: Evaluation) -> None:
-            found.append(evaluation.layers[name])
-
-        yield [case.rows(1, lambda _start, _stop: case.input[None], keep, gradient=False, layers=(name,))]
-        return Attribution(_enlarged(_weighted(found[0]), case.input))
+    def combined(self, layer: Layer) -> Tensor:
+        """Return the weighted sum of the layer's feature maps, [1, 1, h, w]."""
+        raise NotImplementedError
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:
@@ -47,12 +41,59 @@ class GradCam(Method):
         return None
 
 
-def _weighted(layer: Layer) -> Tensor:
-    """Return ReLU(sum_k alpha_k A_k) as [n, 1, h, w]."""
-    weights = layer.gradient.mean((2, 3), keepdim=True)
-    return (weights * layer.activation).sum(1, keepdim=True).relu()
+@register("grad_cam")
+@dataclass(frozen=True)
+class GradCam(Cam):
+    """ReLU of a layer's feature maps weighted by the mean gradient of each: which region spoke for the target.
+
+    L = ReLU(sum_k alpha_k A_k), alpha_k the spatial mean of dF/dA_k; arXiv:1610.02391, equations 1 and 2.
+    `layer` is a module's dotted name or `last`.
+    """
+
+    def combined(self, layer: Layer) -> Tensor:
+        return (layer.gradient.mean((2, 3), keepdim=True) * layer.activation).sum(1, keepdim=True)
 
 
-def _enlarged(cam: Tensor, like: Tensor) -> Tensor:
-    """Return the map [1, H, W] at the input's size."""
+@register("grad_cam_plus_plus")
+@dataclass(frozen=True)
+class GradCamPlusPlus(Cam):
+    """Grad-CAM whose mean favours the places that raise the score: finds several objects of the target.
+
+    w_k = sum_ij alpha_ij ReLU(g_ij), alpha = g^2 / (2 g^2 + sum_ab(A_ab) g^3); arXiv:1710.11063, equations 5 and 19,
+    for the exponential of the score, whose common factor is left out.
+    """
+
+    def combined(self, layer: Layer) -> Tensor:
+        gradient, activation = layer.gradient, layer.activation
+        divisor = 2 * gradient.square() + activation.sum((2, 3), keepdim=True) * gradient.pow(3)
+        alpha = (gradient.square() / divisor).where(divisor != 0, 0.0)
+        weights = (alpha * gradient.relu()).sum((2, 3), keepdim=True)
+        return (weights * activation).sum(1, keepdim=True)
+
+
+@register("layer_cam")
+@dataclass(frozen=True)
+class LayerCam(Cam):
+    """Feature maps weighted place by place with their own positive gradient: sharp also at early layers.
+
+    L = ReLU(sum_k ReLU(g_k) A_k); LayerCAM (Jiang et al., IEEE TIP 2021, 10.1109/TIP.2021.3089943; compare
+    arXiv:1610.02391), equations 6 and 7.
+    """
+
+    def combined(self, layer: Layer) -> Tensor:
+        return (layer.gradient.relu() * layer.activation).sum(1, keepdim=True)
+
+
+def layer_row(case: Case, layer: str, found: list[Layer]) -> Rows:
+    """Ask for one row's activations and gradients at a layer, to be put into `found`."""
+    name = case.classifier.grid_layer(layer)
+
+    def keep(_start: int, evaluation: Evaluation) -> None:
+        found.append(evaluation.layers[name])
+
+    return case.rows(1, lambda _start, _stop: case.input[None], keep, gradient=False, layers=(name,))
+
+
+def enlarged(cam: Tensor, like: Tensor) -> Tensor:
+    """Return the map [1, H, W] of a cam [1, 1, h, w] at the input's size."""
     return interpolate(cam, size=like.shape[-2:], mode="bilinear", align_corners=False)[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.rows import Asking, Rows, Score
+from attribution.rows import Asking, Evaluation, Rows, Score
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -104,3 +104,13 @@ class Method:
     def unsupported(cls, classifier: Classifier) -> str | None:
         """Return why the method cannot serve the classifier, or None where it can."""
         return None
+
+
+def stacked(make: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
+    """Return an input function that makes each row [C, H, W] by its number."""
+    return lambda start, stop: torch.stack([make(number) for number in range(start, stop)])
+
+
+def scores_into(kept: list[float]) -> Callable[[int, Evaluation], None]:
+    """Return a consumer that keeps the rows' scores in order."""
+    return lambda _start, evaluation: kept.extend(evaluation.scores.tolist())

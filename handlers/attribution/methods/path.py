@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attribution.methods.baselines import Baseline
-from attribution.methods.method import Attribution, Case, Draw, Method, register
+from attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
 from attribution.rows import Asking, Evaluation, Rows
 
 FIRST_INTERVALS = 8  # of the bisected path
@@ -70,7 +70,7 @@ class _Path:
             total.add_(torch.tensordot(weights[start:stop], evaluation.gradients, 1))
 
         ends: list[float] = []
-        baseline_row = self._case.rows(1, self._points(nodes.new_zeros(1)), _scores_into(ends), gradient=False)
+        baseline_row = self._case.rows(1, self._points(nodes.new_zeros(1)), scores_into(ends), gradient=False)
         yield [self._case.rows(steps, self._points(nodes), add), baseline_row]
         attribution = self._step * total
         difference = self._case.known_score - ends[0]
@@ -145,10 +145,6 @@ class _Interval:
         return self._error > other._error
 
 
-def _scores_into(kept: list[float]) -> Callable[[int, Evaluation], None]:
-    return lambda _start, evaluation: kept.extend(evaluation.scores.tolist())
-
-
 @register("gradient_shap")
 @dataclass(frozen=True)
 class GradientShap(Method):
@@ -193,14 +189,10 @@ class GradientShap(Method):
 
         ends: list[float] = []
         yield [
-            case.rows(self.samples, _stacked(point), add),
-            case.rows(self._baselines(), _stacked(baseline), _scores_into(ends), gradient=False),
+            case.rows(self.samples, stacked(point), add),
+            case.rows(self._baselines(), stacked(baseline), scores_into(ends), gradient=False),
         ]
         baseline_score = sum(ends) / len(ends)
         difference = case.known_score - baseline_score
         error = completeness_error(float(total.sum()), difference) if isfinite(difference) else None
         return Attribution(total, baseline_score, error)
-
-
-def _stacked(make: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: torch.stack([make(sample) for sample in range(start, stop)])
