@@ -76,8 +76,7 @@ class GradCamPlusPlus(Cam):
 class LayerCam(Cam):
     """Feature maps weighted place by place with their own positive gradient: sharp also at early layers.
 
-    L = ReLU(sum_k ReLU(g_k) A_k); LayerCAM (Jiang et al., IEEE TIP 2021, 10.1109/TIP.2021.3089943; compare
-    arXiv:1610.02391), equations 6 and 7.
+    L = ReLU(sum_k ReLU(g_k) A_k); Jiang et al. 2021, doi:10.1109/TIP.2021.3089943, equations 6 and 7.
     """
 
     def combined(self, layer: Layer) -> Tensor:
