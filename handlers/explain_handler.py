@@ -33,6 +33,7 @@ class ExplainHandler:
         gpu = properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
         settings = read_settings(context.model_yaml_config or {})
+        torch.backends.cudnn.allow_tf32 = False  # a gradient loses too much in ten bits
         # Workers that each take every core slow each other down.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.maxWorkers))
         classifier, labels = load_classifier(Path(properties["model_dir"]), settings, device)
