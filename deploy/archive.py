@@ -12,21 +12,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "handlers"))
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from serving.loading import LABELS, MODEL, WEIGHTS, load_classifier, read_labels  # noqa: E402
-from serving.service import Service  # noqa: E402
-from serving.settings import read_settings  # noqa: E402
+from deploy import ROOT
+from serving.loading import LABELS, MODEL, WEIGHTS, load_classifier, read_labels
+from serving.service import Service
+from serving.settings import Settings, read_settings
 
 CONFIG = "model-config.yaml"
+WEIGHT_FILES = (WEIGHTS, "weights.pth", "weights.pt")  # of a classifier's folder; the first that exists
+LABEL_FILES = ("labels.txt", "labels.json", LABELS)
 DEFAULT_CONFIG = ROOT / "deploy" / CONFIG
+# What TorchServe 0.12 reads of a model-config.yaml.
+FRONTEND_KEYS = {
+    *("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "maxRetryTimeoutInSec"),
+    *("jobQueueSize", "useJobTicket", "deviceType", "deviceIds", "parallelType", "parallelLevel", "torchrun", "useVenv"),
+    *("asyncCommunication", "continuousBatching", "sequenceBatching"),
+}
 
 
 class Refused(Exception):
@@ -55,27 +61,48 @@ def build_archive(name: str, options: argparse.Namespace) -> Path:
 
 def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
     """Bring configuration, weights, labels and the user's model into the stage; options come before the folder's files."""
-    if not folder.exists() and not (options.weights and (options.arch or options.model)):
+    if not folder.exists() and not options.weights:
         raise Refused(f"there is no classifiers/{folder.name}; give --weights and --arch (or --model) to archive a checkpoint")
     config = _first(options.config, folder / CONFIG) or DEFAULT_CONFIG
-    content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    # What a configuration leaves out, batching above all, is as in the default one.
+    content = read_config(DEFAULT_CONFIG) | read_config(config)
     if options.arch or options.model:
         content["classifier"] = {"architecture": options.arch or MODEL}
+    if not content.get("classifier"):
+        raise Refused(
+            "the architecture is missing: give --arch or --model, or 'classifier: {architecture: resnet18}' in " + CONFIG
+        )
     (stage / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     model = _first(options.model, folder / MODEL)
     if model is not None and content.get("classifier", {}).get("architecture") == MODEL:
         shutil.copyfile(model, stage / MODEL)
     source = _source(folder)
-    weights = _first(options.weights, folder / WEIGHTS)
+    weights = _first(options.weights, *(folder / name for name in WEIGHT_FILES))
     if weights is None and source is None:
-        raise Refused(f"no weights: give --weights, or put {WEIGHTS} or source.py into classifiers/{folder.name}")
+        raise Refused(
+            f"no weights: give --weights, or put {', '.join(WEIGHT_FILES)} or source.py into classifiers/{folder.name}"
+        )
     state = source.state_dict() if weights is None else read_weights(weights)
     save_file({key: tensor.detach().clone().contiguous() for key, tensor in state.items()}, stage / WEIGHTS)
-    labels = _first(options.labels, folder / LABELS, folder / "labels.json", folder / "labels.txt")
+    labels = _first(options.labels, *(folder / name for name in LABEL_FILES))
     # A folder's source knows the labels of its own weights, not of others.
-    names = read_labels(labels) if labels else source.labels() if source and weights is None else []
+    names = _labels(labels) if labels else source.labels() if source and weights is None else []
     if names:
         (stage / LABELS).write_text(json.dumps(dict(enumerate(names)), ensure_ascii=False), encoding="utf-8")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model-config.yaml; raises Refused where it is not a mapping, or holds a key that nobody reads."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path.name} holds a {type(content).__name__}; allowed: keys and values")
+    known = {*Settings.model_fields, *FRONTEND_KEYS}
+    if unknown := [str(key) for key in content if key not in known]:
+        raise Refused(f"{path.name}: unknown key {unknown[0]}; allowed: {', '.join(sorted(known))}")
+    return content
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -102,8 +129,8 @@ def check(stage: Path) -> None:
         settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
         classifier, labels = load_classifier(stage, settings)
         Service(classifier, labels, settings, {"name": "check", "version": "0"})
-    except Exception as error:  # a user's model.py may raise anything
-        raise Refused(str(error)) from error
+    except (Exception, SystemExit) as error:  # a user's model.py may raise anything
+        raise Refused(str(error) or type(error).__name__) from error
 
 
 def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
@@ -164,6 +191,13 @@ def main() -> int:
 def _first(*paths: Path | None) -> Path | None:
     """Return the first path that exists."""
     return next((path for path in paths if path is not None and path.exists()), None)
+
+
+def _labels(path: Path) -> list[str]:
+    try:
+        return read_labels(path)
+    except ValueError as error:  # neither UTF-8 nor JSON are ValueErrors too
+        raise Refused(f"{path.name} holds no labels: {error}") from None
 
 
 def _existing(text: str) -> Path:

@@ -1,18 +1,23 @@
 """The whole round in one go: serve, predict and explain a photo with every method, write demo/, stop."""
 
+import base64
+import io
 import json
 import os
 import sys
 
 import httpx
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from attribution.methods import METHODS
-from deploy.archive import ROOT, Refused
+from deploy import ROOT
+from deploy.archive import Refused
 from deploy.photo import photo_path
 from deploy.serve import Failed, Server, ensure_archive, free_ports, serving
+from serving.pictures import Cell, Scale, contact_sheet, png
 
 DEMO = ROOT / "demo"
 
@@ -29,27 +34,27 @@ def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
 
 
 def show(server: Server, console: Console) -> None:
-    """Ask for everything and write it down."""
+    """Ask for everything and write it down; the sheet is made of the methods' own pictures."""
     predictions = ask(server, "predictions").json()
     (DEMO / "predictions.json").write_text(json.dumps(predictions, indent=1))
     console.print(*(f"{label}: {probability:.1%}" for label, probability in predictions.items()), sep=", ")
     table = Table("method", "target", "score", "evaluations", "completeness error", "ms")
+    cells: list[Cell] = []
     for method in track(METHODS, "explaining", console=console):
         told = ask(server, "explanations", method=method).json()
         (DEMO / f"{method}.json").write_text(json.dumps(told, indent=1))
-        (DEMO / f"{method}.png").write_bytes(ask(server, "explanations", method=method, output="png").content)
         one = told["explanations"][0]
-        error = one["completeness_error"]
-        table.add_row(
-            method,
-            one["target"]["label"],
-            f"{one['target']['score']:.2f}",
-            str(one["evaluations"]),
-            "-" if error is None else f"{error:.1%}",
-            f"{one['milliseconds']:.0f}",
-        )
-    (DEMO / "contact_sheet.png").write_bytes(ask(server, "explanations", method=",".join(METHODS), output="png").content)
-    (DEMO / "report.html").write_bytes(ask(server, "explanations", method=",".join(METHODS), output="html").content)
+        overlay = base64.b64decode(one["heatmap"]["overlay_png"])
+        (DEMO / f"{method}.png").write_bytes(overlay)
+        scale, error = one["heatmap"]["scale"], one["completeness_error"]
+        said = "" if error is None else f"completeness error {error:.1%}"
+        cells.append(Cell(Image.open(io.BytesIO(overlay)), method, said, Scale(scale["colormap"], scale["to"])))
+        cost = (f"{one['target']['score']:.2f}", str(one["evaluations"]), said[-5:] or "-", f"{one['milliseconds']:.0f}")
+        table.add_row(method, one["target"]["label"], *cost)
+    (DEMO / "contact_sheet.png").write_bytes(png(contact_sheet(cells)))
+    (DEMO / "report.html").write_bytes(
+        ask(server, "explanations", method="integrated_gradients,grad_cam", output="html").content
+    )
     console.print(table)
 
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from deploy.archive import ROOT, Refused, build_archive, is_stale, parser
+from deploy import ROOT
+from deploy.archive import Refused, build_archive, is_stale, parser
 from deploy.photo import photo_path
 
 STARTUP_SECONDS = 300
@@ -42,12 +44,12 @@ class Server:
     """A TorchServe that answers."""
 
     names: Sequence[str]
+    run: Path
+    process: subprocess.Popen[bytes]
     inference: str
     management: str
     metrics: str
     grpc: str
-    run: Path
-    process: subprocess.Popen[bytes]
 
     def authorization(self, api: str = "inference") -> dict[str, str]:
         """Return the header that TorchServe asks for when token authorization is on."""
@@ -67,29 +69,19 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
     run.mkdir(parents=True, exist_ok=True)
     (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
     log = run / "torchserve.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            _command(names, store),
-            env=_environment(settings, run),
-            cwd=run,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    server = Server(
-        names,
-        settings["TS_INFERENCE_ADDRESS"],
-        settings["TS_MANAGEMENT_ADDRESS"],
-        settings["TS_METRICS_ADDRESS"],
-        f"127.0.0.1:{settings['TS_GRPC_INFERENCE_PORT']}",
-        run,
-        process,
-    )
-    try:
-        _wait(server, log)
-        yield server
-    finally:
-        _stop(process)
+    with tempfile.TemporaryDirectory(dir=run, prefix="tmp", ignore_cleanup_errors=True) as temporary:
+        environment = _environment(settings, run, temporary)
+        with log.open("wb") as output:
+            options: dict[str, Any] = {"stdout": output, "stderr": output, "start_new_session": True}
+            process = subprocess.Popen(_command(names, store), env=environment, cwd=run, **options)
+        inference, management, metrics = (settings[f"TS_{api}_ADDRESS"] for api in ("INFERENCE", "MANAGEMENT", "METRICS"))
+        grpc = f"127.0.0.1:{settings['TS_GRPC_INFERENCE_PORT']}"
+        server = Server(names, run, process, inference, management, metrics, grpc)
+        try:
+            _wait(server, log)
+            yield server
+        finally:
+            _stop(process)
 
 
 def free_ports() -> dict[str, str]:
@@ -127,10 +119,9 @@ def _command(names: Sequence[str], store: Path) -> list[str]:
     ]
 
 
-def _environment(settings: Mapping[str, str], run: Path) -> dict[str, str]:
+def _environment(settings: Mapping[str, str], run: Path, temporary: str) -> dict[str, str]:
     """Return the server's environment: its own temporary folder, since TorchServe keeps its pid file there."""
     java = _java_home()
-    temporary = tempfile.mkdtemp(dir=run, prefix="tmp")
     path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(java, "bin")), os.environ.get("PATH", "")])
     own = {"JAVA_HOME": java, "PATH": path, "LOG_LOCATION": str(run / "logs"), "METRICS_LOCATION": str(run / "logs")}
     return {**os.environ, **own, "TMPDIR": temporary, "TEMP": temporary, **settings}
@@ -163,6 +154,7 @@ def _check_loopback(settings: Mapping[str, str]) -> None:
 
 
 def _check_ports(settings: Mapping[str, str]) -> None:
+    taken = []
     for key in ADDRESSES:
         port = urlsplit(settings[key]).port if "://" in settings[key] else int(settings[key])
         with socket.socket() as probe:
@@ -170,7 +162,9 @@ def _check_ports(settings: Mapping[str, str]) -> None:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                raise Failed(f"port {port} is taken; stop who uses it (another 'make serve'?) or set {key}") from None
+                taken.append(f"{port} ({key})")
+    if taken:
+        raise Failed(f"a port is taken: {', '.join(taken)}; stop who uses it (another 'make serve'?) or set these variables")
 
 
 def _wait(server: Server, log: Path) -> None:
@@ -221,7 +215,8 @@ def ensure_archive(name: str, store: Path) -> None:
         print(f"building {store / name}.mar", flush=True)
         build_archive(name, parser().parse_args([name, "--store", str(store)]))
     elif not has_sources and not (store / f"{name}.mar").exists():
-        raise Refused(f"there is neither classifiers/{name} nor {store / name}.mar; build one with ./archive.sh")
+        known = sorted({*(p.name for p in (ROOT / "classifiers").iterdir()), *(p.stem for p in store.glob("*.mar"))})
+        raise Refused(f"{name} is neither in classifiers/ nor in {store.name}/; there are {', '.join(known)}")
 
 
 def announcement(server: Server) -> str:
@@ -241,7 +236,7 @@ def announcement(server: Server) -> str:
   curl {key}-F data=@{photo} {inference}/explanations/{name}
   curl {key}-F data=@{photo} -F method=all -F output=png -o why.png {inference}/explanations/{name}
 
-Ctrl-C stops it.
+Logs are in {server.run}. Ctrl-C stops it, and so does 'kill {os.getpid()}'.
 """
 
 
@@ -251,14 +246,16 @@ def main() -> int:
     command.add_argument("names", nargs="*", default=["imagenet"], help="folders of classifiers/, or archives of model_store/")
     names = command.parse_args().names
     environment = {key: value for key, value in os.environ.items() if key.startswith("TS_")}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop is as clean as Ctrl-C
+    for stop in (signal.SIGTERM, signal.SIGINT):  # a supervisor's stop is as clean as Ctrl-C, also in the background
+        signal.signal(stop, signal.default_int_handler)
     try:
         for name in names:
             ensure_archive(name, ROOT / "model_store")
-        with serving(names, ROOT / "model_store", environment, ROOT / "run") as server:
+        port = urlsplit(environment.get("TS_INFERENCE_ADDRESS", ADDRESSES["TS_INFERENCE_ADDRESS"])).port
+        with serving(names, ROOT / "model_store", environment, ROOT / "run" / str(port)) as server:
             print(announcement(server), flush=True)
             server.process.wait()
-            raise Failed(f"TorchServe ended; see {ROOT / 'run' / 'torchserve.log'}")
+            raise Failed(f"TorchServe ended; see {server.run / 'torchserve.log'}")
     except (Failed, Refused) as reason:
         print(f"serve: {reason}", file=sys.stderr)
         return 1

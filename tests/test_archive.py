@@ -141,6 +141,12 @@ def test_a_wrong_command_is_refused_without_a_traceback(arguments, name, reason)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
+        ("a string", "holds a str"),
+        (["a", "list"], "holds a list"),
+        ({"batchsize": 4}, "unknown key batchsize"),
+        ({"explanations": {"defaults": {"method": "gradcam"}}}, "'gradcam' is unknown"),
+        ({"explanations": {"defaults": {"method": "grad_cam", "layer": "layer9"}}}, "'layer9' is not allowed"),
+        ({"explanations": {"defaults": {"target": 9}}}, "9 is not a class"),
         ({"preprocessing": {"resise": 3}}, "preprocessing.resise"),
         ({"preprocessing": {"mean": [0.5], "std": [0.5, 0.5, 0.5]}}, "mean and std"),
         ({"preprocessing": {"resize": 256, "crop": None}}, "without a crop"),
@@ -153,6 +159,40 @@ def test_a_wrong_configuration_is_refused_naming_the_key(archive, tmp_path, cont
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(Refused, match=re.escape(reason)):
         archive("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "reason"),
+    [
+        ("--config", b"a: [1", "config is not YAML"),
+        ("--config", b"a: \xff", "config is not YAML"),
+        ("--labels", b"\xff\xfe", "holds no labels"),
+        ("--labels", b"", "holds no labels"),
+        ("--model", b"raise SystemExit", "SystemExit"),
+        ("--model", b"import nonexistent_package", "nonexistent_package"),
+        ("--model", b"def broken(:", "invalid syntax"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(archive, tmp_path, option, content, reason):
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    path = tmp_path / option.strip("-")
+    path.write_bytes(content)
+    network = [] if option == "--model" else ["--arch", ARCHITECTURE]
+    with pytest.raises(Refused, match=re.escape(reason)):
+        archive(*network, "--weights", tmp_path / "w.pth", option, path)
+
+
+def test_only_classifiers_are_architectures(archive, tmp_path):
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(Refused, match="'fcn_resnet50' is unknown"):
+        archive("--arch", "fcn_resnet50", "--weights", tmp_path / "w.pth")
+
+
+def test_what_a_configuration_leaves_out_is_as_in_the_default_one(archive, tmp_path):
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    folder = unpacked(archive("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth"), tmp_path / "unpacked")
+    content = yaml.safe_load((folder / "model-config.yaml").read_text())
+    assert content["batchSize"] == 8 and content["preprocessing"] == CONFIG["preprocessing"]
 
 
 def test_two_builds_at_once_do_not_disturb_each_other(tmp_path):

@@ -502,3 +502,14 @@ def test_the_limit_itself_is_allowed():
 
 def test_one_pixel_over_the_limit_is_refused():
     assert refused(encoded(noise(10, 20)), limit=199).status == 413
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
+    stream = io.BytesIO()
+    Image.new("L", (900, 900), 128).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ClientError, match="scans") as refused:
+        read_picture(data[:-2] + scan * 30_000 + data[-2:], Preprocessing(), PIXELS)
+    assert refused.value.status == 413
+    assert read_picture(data, Preprocessing(), PIXELS).width == 900

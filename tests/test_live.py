@@ -247,6 +247,8 @@ def test_a_refusal_names_the_parameter_the_value_and_what_is_allowed(client, sta
 
 def test_what_is_no_image_is_refused(client):
     assert "JPEG" in refused(client.post("/predictions/small", files={"data": b"garbage"}), 400)
+    assert "-F data=@FILE" in refused(client.post("/predictions/small", files={"data": (None, b"leaf.png")}), 400)
+    assert "goes in 'data'" in refused(client.post("/predictions/small", files={"image": IMAGE}), 400)
     assert "JPEG" in refused(client.post("/explanations/small", files={"data": IMAGE[:2000]}), 400)
     assert "no image" in refused(client.post("/explanations/small", files={"method": (None, "grad_cam")}), 400)
     assert "base64" in refused(client.post("/predictions/small", json={"data": "?"}), 400)

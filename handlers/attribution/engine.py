@@ -185,7 +185,7 @@ class Engine:
         began = self._clock()
         if began + self._longest > deadline:
             for task in live:
-                task.fail(DeadlinePassed("the explanation would not be finished in time"))
+                task.fail(DeadlinePassed("out of time before the batch's deadline; ask for fewer methods, steps or samples"))
             return
         try:
             evaluation = self._within_memory(lambda: self._evaluate(slices), count)

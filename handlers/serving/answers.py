@@ -163,7 +163,7 @@ def as_png(told: Told) -> Answer:
     """Answer the overlay with its scale, or a labelled contact sheet of several."""
     if len(told.explanations) == 1:
         drawn = told.explanations[0].drawn
-        return Answer(small_png(with_scale(drawn.overlay, drawn.scale)), "image/png")
+        return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
     predicted = told.predicted
     cells = [Cell(told.picture.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
     cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in told.explanations]
@@ -212,7 +212,7 @@ def describe(explanation: Explanation) -> str:
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
     error = explanation.explained.attribution.completeness_error
-    return told if error is None else f"{told}, error {error:.1%}"
+    return told if error is None else f"{told}, completeness error {error:.1%}"
 
 
 def _templates() -> jinja2.Environment:

@@ -15,6 +15,7 @@ from serving.errors import ClientError, bad_request
 from serving.settings import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders that run no code of the file's
+SCANS = 20  # each scan of a progressive JPEG goes over all pixels again; a few bytes can hold thousands of them
 ELONGATED = 8  # times longer than wide
 
 
@@ -50,24 +51,34 @@ def _decoded(data: bytes, pixel_limit: int) -> Image.Image:
         raise bad_request('no image: send one as the body, as form field \'data\' or as JSON {"data": "<base64>"}')
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > pixel_limit:
-            raise too_large(f"{image.width}x{image.height}", pixel_limit)
+        pixels, size = image.width * image.height, f"{image.width}x{image.height}"
+        scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1
+        if pixels > pixel_limit:
+            raise too_large(size, f"at most {pixel_limit} pixels")
+        if pixels * scans > SCANS * pixel_limit:
+            raise too_large(f"{size} in {scans} scans", f"at most {SCANS * pixel_limit} pixels in all scans")
         image.load()
     except ClientError:
         raise
     except Image.DecompressionBombError:
-        raise too_large("far larger", pixel_limit) from None
+        raise too_large("far larger", f"at most {pixel_limit} pixels") from None
     except Exception as error:  # a decoder fed with anything may raise anything
         raise bad_request(
             f"data: these {len(data)} bytes are not an image that can be decoded ({type(error).__name__}); "
-            f"allowed: {', '.join(FORMATS)}"
+            f"allowed: {', '.join(FORMATS)}{_hint(data)}"
         ) from None
     return image
 
 
-def too_large(size: str, pixel_limit: int) -> ClientError:
-    """The image has more pixels than the archive allows."""
-    return ClientError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"data: the image is {size}; allowed: at most {pixel_limit} pixels")
+def _hint(data: bytes) -> str:
+    """Say what probably happened where the bytes look like the name of a file."""
+    looks_like_a_name = len(data) < 300 and data.isascii() and data.decode(errors="replace").isprintable()
+    return "; to send a file with curl: -F data=@FILE" if looks_like_a_name else ""
+
+
+def too_large(size: str, allowed: str) -> ClientError:
+    """The image has more to decode than the archive allows."""
+    return ClientError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"data: the image is {size}; allowed: {allowed}")
 
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import get_model, list_models
 
 from attribution.classifier import Classifier
@@ -56,13 +57,16 @@ def read_labels(path: Path) -> list[str]:
     """Read class names: a JSON list, TorchServe's JSON {"0": name, ...}, or one name a line; raises ValueError."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    content = json.loads(text)
+        content: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        content = json.loads(text)
     if isinstance(content, dict):
         try:
             content = [content[str(index)] for index in range(len(content))]
         except KeyError as missing:
             raise ValueError(f"{path.name}: class {missing} has no label; allowed: indices from 0 without a gap") from None
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path.name}: allowed: a list of names, or an object from index to name")
     names = [name[-1] if isinstance(name, list) and name else name for name in content]  # ["n02123045", "tabby"]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path.name}: a label is not a string")
@@ -73,8 +77,10 @@ Builder = Callable[[dict[str, Any]], nn.Module]
 
 
 def _torchvision_builder(architecture: str) -> Builder:
-    if architecture not in list_models(module=None):
-        raise ValueError(f"architecture {architecture!r} is unknown; allowed: {MODEL} or a torchvision model such as resnet18")
+    if architecture not in list_models(module=models):
+        raise ValueError(
+            f"architecture {architecture!r} is unknown; allowed: {MODEL} or a torchvision classifier such as resnet18"
+        )
     return lambda options: get_model(architecture, weights=None, **options)
 
 

@@ -68,6 +68,9 @@ def draw_overlay(values: Map, scale: Scale, seen: Image.Image, opacity: float) -
     `opacity` 0 leaves the image alone, 1 hides it where the map is strongest.
     """
     image = np.asarray(seen.convert("RGB"), dtype=np.float32)
+    if scale.colormap in DIVERGING:  # red and blue would be lost among an image's own colours
+        grey = np.asarray(seen.convert("L"), dtype=np.float32)[..., None]
+        image = image + min(1, 2 * opacity) * (grey - image)
     strength = scale.strength(values)
     weight = np.minimum(1, 2 * opacity * np.abs(strength))[..., None]
     # The vivid end of the colours stands for strength; their dark or white start would only cover the image.

@@ -48,7 +48,10 @@ class Planner:
         self._classifier = classifier
         self._labels = labels
         self._defaults, self._limits = settings.defaults, settings.limits
-        read_parameters(self._defaults)  # defaults that no request could use are told when the archive loads
+        # Defaults that no request could use are told when the archive loads, not to clients.
+        parameters = read_parameters(self._defaults)
+        self._methods(parameters)
+        labels.targets(parameters.target if parameters.target is not None else 0)
 
     def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
         """Return a plan for each image; raises ClientError where a request asks for what is not there or not allowed."""
@@ -71,9 +74,13 @@ class Planner:
         ):
             if asked > allowed:
                 raise over_limit(f"{asked} {what} asked for; allowed: at most {allowed}")
-        methods = [self._checked(method) for name in names for method in parameters.methods(name)]
+        methods = self._methods(parameters)
         cases = [self._case(parameters, prepared, target) for target in targets]
         return Plan(prepared, parameters, [Job(m, case, parameters.smoother()) for m in methods for case in cases])
+
+    def _methods(self, parameters: Parameters) -> list[Method]:
+        names = self.capabilities.choose(parameters.method)
+        return [self._checked(method) for name in names for method in parameters.methods(name)]
 
     def _checked(self, method: Method) -> Method:
         """Return the method if the layer it names exists; raises ClientError 400."""

@@ -125,7 +125,7 @@ def _text(name: str, value: object) -> object:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise bad_request(f"{shown(name)}: {shown(bytes(value[:20]))} is not UTF-8 text") from None
+        raise bad_request(f"{shown(name)}: {shown(bytes(value[:20]))} is not UTF-8 text; an image goes in 'data'") from None
 
 
 def _instance(fields: Mapping[str, object]) -> Instance:

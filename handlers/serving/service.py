@@ -21,6 +21,7 @@ from serving.requests import Instance, Protocol, Request, read_request
 from serving.settings import Settings
 
 log = logging.getLogger(__name__)
+LATEST = 0.75  # of responseTimeout, when the last answer of a batch may begin to be drawn
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Service:
             raise ValueError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
         self._labels = Labels(list(labels) or [str(index) for index in range(classifier.classes)])
         self._preprocessing = settings.preprocessing
-        self._limits = settings.explanations.limits
+        self._limits, self._timeout = settings.explanations.limits, settings.responseTimeout
+        self._began = 0.0
         self._planner = Planner(classifier, self._labels, settings.explanations)
         self._engine = Engine(classifier, self._limits.pack)
         self._model = dict(model)
@@ -90,14 +92,14 @@ class Service:
 
     def answer(self, rows: Sequence[Row]) -> list[Exchange]:
         """Answer each request as if it had come alone."""
-        deadline = time.monotonic() + self._limits.seconds
+        self._began = time.monotonic()
         exchanges = [Exchange(row) for row in rows]
         for exchange in exchanges:
             exchange.attempt(self._read)
         self._evaluate([exchange for exchange in exchanges if exchange.finished is None])
         for exchange in exchanges:
             exchange.attempt(self._plan)
-        self._explain(exchanges, deadline)
+        self._explain(exchanges, self._began + self._limits.seconds)
         for exchange in exchanges:
             exchange.attempt(self._respond)
         return exchanges
@@ -109,6 +111,7 @@ class Service:
         if len(request.instances) > self._limits.instances:
             raise over_limit(f"{len(request.instances)} instances asked for; allowed: at most {self._limits.instances}")
         for place, instance in enumerate(request.instances):
+            self._check_time(self._limits.seconds)
             with request.naming(place):
                 picture = read_picture(instance.image, self._preprocessing, self._limits.pixels)
             exchange.images.append(Prepared(picture))
@@ -152,6 +155,7 @@ class Service:
     def _respond(self, exchange: Exchange) -> None:
         """Word the answer as the request's protocol and output ask."""
         request = exchange.request
+        self._check_time(LATEST * self._timeout)
         if request.page:
             exchange.finished = try_it_page(self._model, self._planner.capabilities.methods)
         elif not request.explain:
@@ -164,6 +168,11 @@ class Service:
             else:
                 answer = self._worded(request, [one.as_json() for one in told])
             exchange.finished = self._within_size(answer)
+
+    def _check_time(self, seconds: float) -> None:
+        """Raise 504 where the batch has taken longer than that: at responseTimeout TorchServe kills the worker."""
+        if time.monotonic() - self._began > seconds:
+            raise ClientError(HTTPStatus.GATEWAY_TIMEOUT, "the batch that the request was in has taken too long")
 
     def _predictions(self, request: Request, instance: Instance, image: Prepared) -> dict[str, float]:
         """Return the top classes as TorchServe's image_classifier does: label to probability, highest first."""
