@@ -44,8 +44,9 @@ def build_archive(name: str, options: argparse.Namespace) -> Path:
 
     Everything happens in a folder of its own, and the finished archive replaces the old one in one step.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise Refused(f"{name!r} is no model name; allowed: letters, digits, '.', '_' and '-'")
+    for what, text in (("model name", name), ("version", options.version)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+            raise Refused(f"{text[:100]!r} is no {what}; allowed: up to 100 letters, digits, '.', '_' and '-'")
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary, "stage")
         shutil.copytree(ROOT / "handlers", stage, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
@@ -117,8 +118,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if not named or not content:
         raise Refused(f"{path.name} holds no state dict: save model.state_dict()")
+    if broken := [key for key, tensor in content.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+        raise Refused(f"{path.name}: {broken[0]} holds numbers that are not finite")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""  # of DataParallel
     return {key.removeprefix(prefix): tensor for key, tensor in content.items()}
 
@@ -128,7 +132,9 @@ def check(stage: Path) -> None:
     try:
         settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
         classifier, labels = load_classifier(stage, settings)
-        Service(classifier, labels, settings, {"name": "check", "version": "0"})
+        outcome = Service(classifier, labels, settings, {"name": "check", "version": "0"}).warm_up()
+        if isinstance(outcome, Exception):
+            raise outcome
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise Refused(str(error) or type(error).__name__) from error
 
@@ -181,7 +187,7 @@ def main() -> int:
     options = parser().parse_args()
     try:
         archive = build_archive(options.name, options)
-    except Refused as reason:
+    except (Refused, OSError) as reason:
         print(f"archive.sh: {options.name} is not archived: {reason}", file=sys.stderr)
         return 1
     print(f"{archive} ({archive.stat().st_size / 1e6:.1f} MB)")

@@ -145,12 +145,14 @@ def _java_home() -> str:
 
 
 def _check_loopback(settings: Mapping[str, str]) -> None:
-    for key in ("TS_INFERENCE_ADDRESS", "TS_MANAGEMENT_ADDRESS", "TS_METRICS_ADDRESS"):
-        host = urlsplit(settings[key]).hostname
-        if settings["TS_DISABLE_TOKEN_AUTHORIZATION"] == "true" and host not in ("127.0.0.1", "localhost", "::1"):
-            raise Failed(
-                f"{key}={settings[key]} is not loopback; set TS_DISABLE_TOKEN_AUTHORIZATION=false to serve the network"
-            )
+    if settings["TS_DISABLE_TOKEN_AUTHORIZATION"].lower() != "true":
+        return
+    for key, address in settings.items():
+        if not key.endswith("_ADDRESS"):
+            continue
+        host = urlsplit(address if "://" in address else f"//{address}").hostname
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            raise Failed(f"{key}={address} is not loopback; set TS_DISABLE_TOKEN_AUTHORIZATION=false to serve the network")
 
 
 def _check_ports(settings: Mapping[str, str]) -> None:
@@ -183,14 +185,17 @@ def _wait(server: Server, log: Path) -> None:
 def _ready(server: Server, name: str) -> bool:
     try:
         answer = httpx.get(f"{server.management}/models/{name}", headers=server.authorization("management"), timeout=5)
-    except httpx.TransportError:
+    except (httpx.TransportError, ValueError):  # not there yet, or its keys are still being written
         return False
     return answer.status_code == 200 and any(worker["status"] == "READY" for worker in answer.json()[0]["workers"])
 
 
 def _answers(server: Server, name: str, photo: bytes) -> bool:
     url = f"{server.inference}/predictions/{name}"
-    return httpx.post(url, files={"data": photo}, headers=server.authorization(), timeout=60).status_code == 200
+    try:
+        return httpx.post(url, files={"data": photo}, headers=server.authorization(), timeout=60).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _tail(log: Path) -> str:
@@ -246,7 +251,7 @@ def main() -> int:
     command.add_argument("names", nargs="*", default=["imagenet"], help="folders of classifiers/, or archives of model_store/")
     names = command.parse_args().names
     environment = {key: value for key, value in os.environ.items() if key.startswith("TS_")}
-    for stop in (signal.SIGTERM, signal.SIGINT):  # a supervisor's stop is as clean as Ctrl-C, also in the background
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # every way to stop it is as clean as Ctrl-C
         signal.signal(stop, signal.default_int_handler)
     try:
         for name in names:

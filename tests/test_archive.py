@@ -106,6 +106,8 @@ def refusals():
     yield "whole", arch, model, None, "save model.state_dict()"
     yield "exploit", arch, Exploit(), None, "not a state dict that is safe to load"
     yield "list", arch, [1, 2], None, "holds no state dict"
+    yield "keys", arch, {1: torch.ones(1)}, None, "holds no state dict"
+    yield "nan", arch, state | {"classifier.3.bias": torch.full((4,), float("nan"))}, None, "not finite"
     yield "garbage", arch, b"not a checkpoint", None, "w.pth"
     yield "arch", ["--arch", "resnet19"], state, None, "'resnet19' is unknown"
 
@@ -143,6 +145,8 @@ def test_a_wrong_command_is_refused_without_a_traceback(arguments, name, reason)
     [
         ("a string", "holds a str"),
         (["a", "list"], "holds a list"),
+        ({"batchSize": -3}, "batchSize"),
+        ({"preprocessing": {"mean": [float("nan")] * 3}}, "preprocessing.mean"),
         ({"batchsize": 4}, "unknown key batchsize"),
         ({"explanations": {"defaults": {"method": "gradcam"}}}, "'gradcam' is unknown"),
         ({"explanations": {"defaults": {"method": "grad_cam", "layer": "layer9"}}}, "'layer9' is not allowed"),

@@ -94,6 +94,24 @@ def test_gradients_are_finite_differences(classifier, image):
     assert float(gradients[0, 1, 4, 7]) == pytest.approx(float(up - down) / 2e-6, rel=1e-3)
 
 
+def test_a_model_that_works_on_its_input_in_place_is_explained_and_spoils_nothing(image):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_cnn()
+
+        def forward(self, x):
+            x -= 0.1
+            return self.inner(x)
+
+    classifier, inputs = Classifier(InPlace(), NORMALIZATION, SIZE), image[None].clone()
+    plain = Classifier(small_cnn(), NORMALIZATION, SIZE)
+    expected = plain.evaluate(inputs - 0.1, [0], [Score.LOGIT], gradient=True).gradients
+    torch.testing.assert_close(classifier.evaluate(inputs, [0], [Score.LOGIT], gradient=True).gradients, expected)
+    classifier.logits(inputs)
+    assert torch.equal(inputs, image[None])
+
+
 def test_layers_early_and_late_are_captured_in_one_pass_despite_in_place_activations(model, image):
     classifier = Classifier(model, NORMALIZATION, SIZE)
     layers = classifier.evaluate(image[None], [0], [Score.LOGIT], layers=["stem", "reduce"]).layers

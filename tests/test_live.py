@@ -14,7 +14,7 @@ from live import build_small, build_stock, grpc_modules, picture, served
 from PIL import Image
 
 from attribution.methods import METHODS
-from deploy.serve import Failed, serving
+from deploy.serve import Failed, free_ports, serving
 
 IMAGE = picture()
 
@@ -324,15 +324,35 @@ def test_what_was_explained_is_measured(server, client):
     assert 'ExplainRefusals{ModelName="small",Status="400"' in exposed
 
 
+def test_keys_are_asked_for_where_they_are_on(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store")
+    build_small(tmp_path_factory.mktemp("small"), store)
+    run = tmp_path_factory.mktemp("run")
+    with served(["small"], store, run, TS_DISABLE_TOKEN_AUTHORIZATION="false") as running:
+        url = f"{running.inference}/predictions/small"
+        assert httpx.post(url, files={"data": IMAGE}).status_code == 400
+        assert httpx.post(url, files={"data": IMAGE}, headers=running.authorization()).status_code == 200
+    assert not list(run.glob("tmp*"))
+
+
 def test_a_taken_port_is_told_at_once(server, tmp_path):
     taken = {"TS_INFERENCE_ADDRESS": server.inference}
     with pytest.raises(Failed, match="is taken"), serving(["small"], tmp_path, taken, tmp_path):
         raise AssertionError("not reached")
 
 
-def test_without_keys_nothing_but_loopback_is_served(tmp_path):
+@pytest.mark.parametrize(
+    "exposed",
+    [
+        {"TS_INFERENCE_ADDRESS": "http://0.0.0.0:8080"},
+        {"TS_METRICS_ADDRESS": "http://192.0.2.1:8082", "TS_DISABLE_TOKEN_AUTHORIZATION": "TRUE"},
+        {"TS_GRPC_INFERENCE_ADDRESS": "0.0.0.0"},
+    ],
+    ids=lambda exposed: next(iter(exposed)),
+)
+def test_without_keys_nothing_but_loopback_is_served(tmp_path, exposed):
     with (
         pytest.raises(Failed, match="not loopback"),
-        serving(["small"], tmp_path, {"TS_INFERENCE_ADDRESS": "http://0.0.0.0:8080"}, tmp_path),
+        serving(["small"], tmp_path, free_ports() | exposed, tmp_path),
     ):
         raise AssertionError("not reached")

@@ -105,6 +105,15 @@ def test_the_path_ends_with_the_budget_and_tells_the_larger_error(classifier, im
     assert explained.attribution.completeness_error > 1e-12
 
 
+@pytest.mark.parametrize("baseline", [Baseline.WHITE, Baseline.BLUR])
+def test_an_image_that_is_its_baseline_costs_one_round_and_has_no_error(lite0, baseline):
+    classifier = Classifier(lite0, NORMALIZATION, (64, 64))
+    image = NORMALIZATION(torch.ones(3, 64, 64))
+    explained = explain(Job(IntegratedGradients(baseline=baseline), case_of(classifier, image)))
+    assert explained.evaluations == 9 and explained.attribution.completeness_error < 0.05
+    assert float(explained.attribution.map.abs().max()) < 1e-4
+
+
 def test_bisected_path_is_a_trapezoid_rule_on_its_nodes(classifier, image):
     """A naive replica with all its nodes: nine evenly spaced, when no round of bisection follows."""
     case = case_of(classifier, image, budget=9)

@@ -371,7 +371,7 @@ def test_v2_parameters_hold_no_image():
 
 @pytest.mark.parametrize("image", [5, "no base64!"])
 def test_v2_with_an_element_that_is_no_image_is_refused(image):
-    assert refusal({"body": v2_body([TEXT, image])}).startswith("data:")
+    assert refusal({"body": v2_body([TEXT, image])}).startswith("instance 1: data:")
 
 
 # Which instance an error is about

@@ -1,5 +1,8 @@
 """The service between TorchServe and the engine: time runs out for whom it must, and for nobody else."""
 
+import base64
+import json
+
 import pytest
 import torch
 from conftest import small_cnn
@@ -63,3 +66,38 @@ def test_an_answer_larger_than_torchserve_can_carry_is_refused(service):
     large, small = (exchange.answer for exchange in service.answer([EXPLANATION, PREDICTION]))
     assert large.status == 422 and b"bytes" in large.body
     assert small.status == 200
+
+
+def test_predictions_refuse_every_unknown_parameter_and_take_null_as_not_given(service):
+    encoded = base64.b64encode(picture()).decode()
+    bodies = [{"top_k": 3, "bogus": 1}, {"bogus": 1, "top_k": 3}, {"top_k": None}]
+    answers = [e.answer for e in service.answer([Row({"body": {"data": encoded} | body}, {}) for body in bodies])]
+    assert [answer.status for answer in answers] == [400, 400, 200]
+    assert len(json.loads(answers[2].body)) == 5
+
+
+def test_the_accept_header_says_nothing_to_kserve(service):
+    instances = {"instances": [{"data": base64.b64encode(picture()).decode(), "method": "sensitivity"}]}
+    (exchange,) = service.answer([Row({"body": instances}, {"explain": "True", "Accept": "text/html"})])
+    assert exchange.answer.status == 200 and exchange.answer.content_type == "application/json"
+
+
+def test_more_maps_than_can_be_drawn_in_time_are_refused(service):
+    fields = {"method": b",".join([b"sensitivity"] * 20), "target": b"0,1,2,3,4", "data": picture()}
+    service._planner._limits = service._limits.model_copy(update={"explanations": 99})
+    (exchange,) = service.answer([Row(fields, {"explain": "True"})])
+    assert exchange.answer.status == 422 and b"100 explanations" in exchange.answer.body
+
+
+def test_what_is_echoed_makes_the_same_map_again(service):
+    def explain(**fields):
+        row = Row({"data": picture(), "output": b"json"} | {k: str(v).encode() for k, v in fields.items()}, {"explain": "True"})
+        return json.loads(service.answer([row])[0].answer.body)["explanations"][0]
+
+    first = explain(method="gradient_shap", smoothing="smoothgrad", samples=3, values="true")
+    again = explain(method="gradient_shap", values="true", **first["parameters"])
+    assert first["values"] == again["values"] and first["parameters"] == again["parameters"]
+
+
+def test_the_first_client_finds_a_service_that_has_explained(service):
+    assert service.warm_up().evaluations == 17

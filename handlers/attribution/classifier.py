@@ -78,7 +78,7 @@ class Classifier:
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the logits [n, classes] of inputs [n, C, H, W], without a gradient."""
         with torch.no_grad():
-            output: Tensor = self._model(self._placed(inputs))
+            output: Tensor = self._model(self._placed(inputs).clone())
         return output
 
     def evaluate(
@@ -98,7 +98,7 @@ class Classifier:
         model = self._model if rule is None else self._changed(rule)
         x = self._placed(inputs).detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient or bool(layers)), _captured(model, layers) as outputs:
-            selected = _select(model(x), targets, scores)
+            selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
         wanted = ([x] if gradient else []) + [outputs[name] for name in layers]
         gradients = list(_gradients(selected, wanted)) if wanted else []
         to_input = gradients.pop(0) if gradient else None

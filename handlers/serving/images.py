@@ -58,7 +58,7 @@ def _decoded(data: bytes, pixel_limit: int) -> Image.Image:
         if pixels * scans > SCANS * pixel_limit:
             raise too_large(f"{size} in {scans} scans", f"at most {SCANS * pixel_limit} pixels in all scans")
         image.load()
-    except ClientError:
+    except (ClientError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise too_large("far larger", f"at most {pixel_limit} pixels") from None

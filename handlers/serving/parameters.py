@@ -15,6 +15,7 @@ from attribution.rows import Score
 from serving.colormaps import COLORMAPS
 from serving.errors import bad_request, shown
 
+LONGEST_LIST = 1000  # far beyond every limit, and short enough to be looked at item by item
 Output = Literal["json", "png", "npy", "html"]
 
 
@@ -74,6 +75,8 @@ class Parameters(BaseModel):
         kind = METHODS[name]
         own = {f.name: getattr(self, f.name) for f in fields(kind)}  # type: ignore[arg-type]
         chosen = {key: value for key, value in own.items() if value is not None}
+        if (smoothing := self.smoother()) is not None:  # samples and stdev mean the same inside and outside
+            chosen |= {key: getattr(smoothing, key) for key in own if key in ("samples", "stdev")}
         layers = chosen.pop("layer", None)
         return [kind(**chosen)] if layers is None else [kind(**chosen | {"layer": layer}) for layer in layers]
 
@@ -94,9 +97,11 @@ def read_parameters(*layers: Mapping[str, object]) -> Parameters:
             merged.pop("steps", None)  # steps chosen by a weaker layer would silence it
         merged |= given
     known = Parameters.model_fields
-    for name in merged:
+    for name, value in merged.items():
         if name not in known:
             raise bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(known)}")
+        if isinstance(value, list) and len(value) > LONGEST_LIST:
+            raise bad_request(f"{name}: a list of {len(value)} items is not allowed; allowed: at most {LONGEST_LIST}")
     try:
         return Parameters.model_validate(merged)
     except ValidationError as error:

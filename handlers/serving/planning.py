@@ -62,7 +62,8 @@ class Planner:
         return self._within_budget(plans)
 
     def _plan_one(self, request: Request, instance: Instance, prepared: Prepared) -> Plan:
-        parameters = read_parameters(self._defaults, request.defaults, instance.fields)
+        defaults = self._defaults if request.protocol is Protocol.PLAIN else self._defaults | {"output": "json"}
+        parameters = read_parameters(defaults, request.defaults, instance.fields)
         if request.protocol is not Protocol.PLAIN and parameters.output != "json":
             raise bad_request(f"output: {shown(parameters.output)} is not for the KServe protocols; allowed: json")
         names = self.capabilities.choose(parameters.method)
@@ -100,6 +101,8 @@ class Planner:
     def _within_budget(self, plans: list[Plan]) -> list[Plan]:
         """Refuse what costs more than a request may; what the fixed jobs leave is shared by the adaptive paths."""
         jobs = [job for plan in plans for job in plan.jobs]
+        if len(jobs) > self._limits.explanations:
+            raise over_limit(f"{len(jobs)} explanations asked for; allowed: at most {self._limits.explanations} a request")
         least, limit = sum(job.evaluations for job in jobs), self._limits.evaluations
         if least > limit:
             raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
@@ -115,15 +118,13 @@ class Planner:
 
 def top_k(instance: Instance, classes: int) -> int:
     """Return how many classes a prediction tells, 5 unless asked otherwise; raises ClientError 400."""
-    for name, value in instance.fields.items():
+    for name in instance.fields:
         if name != "top_k":
             raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: data, top_k")
-        text = str(value)
-        if (
-            isinstance(value, bool)
-            or not (text.isascii() and text.isdecimal() and len(text) < 10)
-            or not 1 <= int(text) <= classes
-        ):
-            raise bad_request(f"top_k: {shown(value)} is not allowed; allowed: a whole number from 1 to {classes}")
-        return int(text)
-    return min(5, classes)
+    value = instance.fields.get("top_k")
+    if value is None:
+        return min(5, classes)
+    text = str(value)
+    if isinstance(value, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or not 1 <= int(text) <= classes:
+        raise bad_request(f"top_k: {shown(value)} is not allowed; allowed: a whole number from 1 to {classes}")
+    return int(text)

@@ -67,14 +67,14 @@ def read_request(row: Mapping[str, Any], raw_headers: Mapping[str, Any], request
     explain = headers.get("explain", "").lower() == "true"
     content = _content(row, headers)
     if content is None:
-        # The HTTP method is not told; only a request without a body has neither of these headers.
+        # The HTTP method is not told, and the frontend adds a length of 0: an empty POST without a type looks alike.
         opened = explain and headers.get("content-length", "0") == "0" and "content-type" not in headers
         return Request(Protocol.PLAIN, explain, () if opened else (Instance(b"", {}),), defaults)
     if "instances" in content:
-        return Request(Protocol.KSERVE_V1, explain, _v1(content), defaults)
+        return Request(Protocol.KSERVE_V1, explain, _v1(content), {})
     if "inputs" in content:
         name = content.get("id")
-        return Request(Protocol.KSERVE_V2, explain, _v2(content), defaults, name if isinstance(name, str) else request_id)
+        return Request(Protocol.KSERVE_V2, explain, _v2(content), {}, name if isinstance(name, str) else request_id)
     fields = dict(content)
     if "body" in fields:
         fields.setdefault("data", fields.pop("body"))  # as TorchServe's own handlers take it
@@ -149,12 +149,23 @@ def _image_bytes(image: object) -> bytes:
         raise bad_request(f"data: {shown(image)} is not base64") from None
 
 
+def _numbered(instances: list[dict[str, Any]]) -> tuple[Instance, ...]:
+    """Read several instances, saying in an error which it is about."""
+    read: list[Instance] = []
+    for place, fields in enumerate(instances):
+        try:
+            read.append(_instance(fields))
+        except ClientError as error:
+            raise ClientError(error.status, f"instance {place}: {error}") from None
+    return tuple(read)
+
+
 def _v1(content: Mapping[str, Any]) -> tuple[Instance, ...]:
     instances = content["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
         raise bad_request('instances: allowed: a list of one or more objects {"data": "<base64>", ...}')
     shared = {key: value for key, value in content.items() if key != "instances"}
-    return tuple(_instance({**shared, **instance}) for instance in instances)
+    return _numbered([{**shared, **instance} for instance in instances])
 
 
 def _v2(content: Mapping[str, Any]) -> tuple[Instance, ...]:
@@ -167,7 +178,7 @@ def _v2(content: Mapping[str, Any]) -> tuple[Instance, ...]:
         raise bad_request(f"shape: {shown(tensor['shape'])} is not that of {len(data)} images; allowed: [{len(data)}]")
     if not isinstance(parameters, dict):
         raise bad_request(f"parameters: {shown(parameters)} is not allowed; allowed: an object")
-    return tuple(_instance({**parameters, "data": image}) for image in data)
+    return _numbered([{**parameters, "data": image} for image in data])
 
 
 def _truth(name: str, value: object) -> bool:

@@ -60,6 +60,8 @@ class Exchange:
             self.fail(error)
         except AttributionError as error:
             self.fail(from_engine(error))
+        except MemoryError:
+            self.fail(ClientError(HTTPStatus.SERVICE_UNAVAILABLE, "out of memory; send a smaller image, or try again"))
         except Exception:
             log.exception("a request could not be answered")
             self.fail(ClientError(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer failed inside the server; its log says why"))
@@ -83,12 +85,12 @@ class Service:
         self._engine = Engine(classifier, self._limits.pack)
         self._model = dict(model)
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Explained | AttributionError:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
         classifier = self._engine.classifier
         self._engine.logits([classifier.example[0]])
         case = Case(classifier, classifier.example[0], 0, budget=17)
-        self._engine.explain([Job(IntegratedGradients(max_error=1e-9), case)])
+        return self._engine.explain([Job(IntegratedGradients(max_error=1e-9), case)])[0]
 
     def answer(self, rows: Sequence[Row]) -> list[Exchange]:
         """Answer each request as if it had come alone."""
@@ -160,7 +162,8 @@ class Service:
             exchange.finished = try_it_page(self._model, self._planner.capabilities.methods)
         elif not request.explain:
             pairs = zip(request.instances, exchange.images, strict=True)
-            exchange.finished = self._worded(request, [self._predictions(request, *pair) for pair in pairs])
+            predictions = [self._predictions(request, *pair) for pair in pairs]
+            exchange.finished = self._within_size(self._worded(request, predictions))
         else:
             told = [self._told(*pair) for pair in zip(exchange.images, exchange.explanations, strict=True)]
             if request.protocol is Protocol.PLAIN:

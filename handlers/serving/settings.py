@@ -13,7 +13,7 @@ Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 class Section(BaseModel):
     """Settings are read-only, and a misspelt key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preprocessing(Section):
@@ -59,6 +59,7 @@ class Limits(Section):
     targets: PositiveInt = 5
     layers: PositiveInt = 5
     instances: PositiveInt = 16  # images in one KServe request
+    explanations: PositiveInt = 100  # maps in one request
     pixels: PositiveInt = 50_000_000  # of a decoded image
     answer_bytes: PositiveInt = 6_000_000  # TorchServe's max_response_size kills the worker beyond 6,553,500
     pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
@@ -87,7 +88,9 @@ class Settings(BaseModel):
     preprocessing: Preprocessing = Preprocessing()
     explanations: Explanations = Explanations()
     responseTimeout: PositiveInt = 120  # noqa: N815 (TorchServe's name and default)
+    minWorkers: PositiveInt = 1  # noqa: N815
     maxWorkers: PositiveInt = 1  # noqa: N815
+    batchSize: PositiveInt = 1  # noqa: N815
 
     @model_validator(mode="after")
     def _deadline_before_timeout(self) -> "Settings":

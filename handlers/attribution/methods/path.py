@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import isnan
 from typing import ClassVar
 
 import numpy as np
@@ -19,9 +19,13 @@ FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
 
 
-def completeness_error(total: float, difference: float) -> float:
-    """Return |sum of the map - score difference| / |score difference|; finite also where the score does not change."""
-    return abs(total - difference) / max(abs(difference), 1e-6)
+ROUNDING = 1e-4  # of a score: as far as the sum of a float32 map can be trusted
+
+
+def completeness_error(total: float, score: float, baseline_score: float) -> float:
+    """Return |sum of the map - (score - baseline score)| / |score - baseline score|, finite also where the two are equal."""
+    difference = score - baseline_score
+    return abs(total - difference) / max(abs(difference), ROUNDING * max(abs(score), abs(baseline_score)), 1e-12)
 
 
 @register("integrated_gradients")
@@ -73,10 +77,7 @@ class _Path:
         baseline_row = self._case.rows(1, self._points(nodes.new_zeros(1)), scores_into(ends), gradient=False)
         yield [self._case.rows(steps, self._points(nodes), add), baseline_row]
         attribution = self._step * total
-        difference = self._case.known_score - ends[0]
-        # A noisy copy's own score is unknown, and its completeness is nobody's concern.
-        error = completeness_error(float(attribution.sum()), difference) if isfinite(difference) else None
-        return Attribution(attribution, ends[0], error)
+        return Attribution(attribution, ends[0], _known_error(attribution, self._case, ends[0]))
 
     def bisected(self, max_error: float) -> Asking[Attribution]:
         """Refine the intervals that err most; completeness holds on each, so each tells its own error."""
@@ -84,11 +85,10 @@ class _Path:
         yield [self._measure(nodes)]
         evaluations = len(nodes)
         first, last = nodes[0], nodes[-1]
-        difference = last.score - first.score
         intervals = [_Interval(a, b) for a, b in pairwise(nodes)]
         heapq.heapify(intervals)
         integral = sum(interval.trapezoid for interval in intervals)
-        while completeness_error(integral, difference) > max_error and evaluations < self._case.budget:
+        while completeness_error(integral, last.score, first.score) > max_error and evaluations < self._case.budget:
             worst = [heapq.heappop(intervals) for _ in range(min(BISECTED_AT_ONCE, self._case.budget - evaluations))]
             middles = [_Node((interval.left.t + interval.right.t) / 2) for interval in worst]
             yield [self._measure(middles)]
@@ -102,7 +102,8 @@ class _Path:
             for node in (interval.left, interval.right):
                 total.add_(node.gradient, alpha=interval.width / 2)
         attribution = self._step * total
-        return Attribution(attribution, first.score, completeness_error(float(attribution.sum()), difference))
+        error = completeness_error(float(attribution.sum()), last.score, first.score)
+        return Attribution(attribution, first.score, error)
 
     def _points(self, at: Tensor) -> Callable[[int, int], Tensor]:
         return lambda start, stop: torch.lerp(self._baseline, self._case.input, at[start:stop, None, None, None])
@@ -193,6 +194,11 @@ class GradientShap(Method):
             case.rows(self._baselines(), stacked(baseline), scores_into(ends), gradient=False),
         ]
         baseline_score = sum(ends) / len(ends)
-        difference = case.known_score - baseline_score
-        error = completeness_error(float(total.sum()), difference) if isfinite(difference) else None
-        return Attribution(total, baseline_score, error)
+        return Attribution(total, baseline_score, _known_error(total, case, baseline_score))
+
+
+def _known_error(attribution: Tensor, case: Case, baseline_score: float) -> float | None:
+    """Return the completeness error; a noisy copy's own score is unknown, and its completeness nobody's concern."""
+    if isnan(case.known_score):
+        return None
+    return completeness_error(float(attribution.sum()), case.known_score, baseline_score)
