@@ -101,3 +101,14 @@ def test_what_is_echoed_makes_the_same_map_again(service):
 
 def test_the_first_client_finds_a_service_that_has_explained(service):
     assert service.warm_up().evaluations == 17
+
+
+def test_adaptive_paths_share_what_the_fixed_jobs_leave(service):
+    service._planner._limits = service._limits.model_copy(update={"evaluations": 300})
+    image = base64.b64encode(picture()).decode()
+    asked = [{"data": image, "steps": 199}, {"data": image, "max_error": 1e-9, "target": [0, 1]}]
+    (exchange,) = service.answer([Row({"body": {"instances": asked}}, {"explain": "True"})])
+    fixed, adaptive = json.loads(exchange.answer.body)["explanations"]
+    assert [one["evaluations"] for one in fixed["explanations"]] == [200]
+    assert [one["evaluations"] for one in adaptive["explanations"]] == [50, 50]
+    assert all(one["completeness_error"] > 1e-9 for one in adaptive["explanations"])

@@ -38,11 +38,14 @@ class IntegratedGradients(Method):
     weights, until the completeness error is at most `max_error` or the case's budget of rows ends.
     """
 
-    adaptive: ClassVar[bool] = True
-
     baseline: Baseline = Baseline.BLACK
     max_error: float = 0.05
     steps: int | None = None
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        """A given number of steps leaves nothing to decide."""
+        return self.steps is None
 
     def evaluations(self) -> int:
         return FIRST_INTERVALS + 1 if self.steps is None else self.steps + 1  # with the baseline's score
