@@ -221,7 +221,11 @@ def _source(folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location("source", folder / "source.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:  # another classifier's source has another model.py
+        sys.path.remove(str(folder))
+        sys.modules.pop("model", None)
     return module
 
 

@@ -47,9 +47,16 @@ def show(server: Server, console: Console) -> None:
         overlay = base64.b64decode(one["heatmap"]["overlay_png"])
         (DEMO / f"{method}.png").write_bytes(overlay)
         scale, error = one["heatmap"]["scale"], one["completeness_error"]
-        said = "" if error is None else f"completeness error {error:.1%}"
-        cells.append(Cell(Image.open(io.BytesIO(overlay)), method, said, Scale(scale["colormap"], scale["to"])))
-        cost = (f"{one['target']['score']:.2f}", str(one["evaluations"]), said[-5:] or "-", f"{one['milliseconds']:.0f}")
+        told_error = "-" if error is None else f"{error:.1%}"
+        cells.append(
+            Cell(
+                Image.open(io.BytesIO(overlay)),
+                method,
+                "" if error is None else f"completeness error {told_error}",
+                Scale(scale["colormap"], scale["to"]),
+            )
+        )
+        cost = (f"{one['target']['score']:.2f}", str(one["evaluations"]), told_error, f"{one['milliseconds']:.0f}")
         table.add_row(method, one["target"]["label"], *cost)
     (DEMO / "contact_sheet.png").write_bytes(png(contact_sheet(cells)))
     (DEMO / "report.html").write_bytes(

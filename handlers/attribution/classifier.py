@@ -25,13 +25,17 @@ class Normalization:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise pixels [..., C, H, W] in [0, 1]."""
-        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        mean, std = self._like(pixels)
         return (pixels - mean) / std
 
     def inverse(self, inputs: Tensor) -> Tensor:
         """Return the pixels [..., C, H, W] in [0, 1] of a normalised input."""
-        mean, std = (torch.tensor(v, dtype=inputs.dtype, device=inputs.device)[:, None, None] for v in (self.mean, self.std))
+        mean, std = self._like(inputs)
         return inputs * std + mean
+
+    def _like(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std [C, 1, 1] of the images' type and device."""
+        return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
 
 
 class Classifier:

@@ -202,7 +202,7 @@ def json_answer(content: object, status: int = 200) -> Answer:
 
 def try_it_page(model: dict[str, str], methods: Sequence[str]) -> Answer:
     """Answer the page to try the model in a browser."""
-    html = _templates().get_template("page.html").render(model=model, methods=methods, parameters=Parameters.model_fields)
+    html = _templates().get_template("page.html").render(model=model, methods=methods)
     return Answer(html.encode(), "text/html; charset=utf-8")
 
 
@@ -228,7 +228,7 @@ def _as_float16(values: Map) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "shape": list(values.shape),
-        "data": _base64(values.astype(f"<{dtype[0]}{int(dtype[5:]) // 8}").tobytes()),
+        "data": _base64(values.astype(np.dtype(dtype).newbyteorder("<")).tobytes()),
     }
 
 

@@ -50,7 +50,7 @@ class Planner:
         self._defaults, self._limits = settings.defaults, settings.limits
         # Defaults that no request could use are told when the archive loads, not to clients.
         parameters = read_parameters(self._defaults)
-        self._methods(parameters)
+        self._methods(parameters, self.capabilities.choose(parameters.method))
         labels.targets(parameters.target if parameters.target is not None else 0)
 
     def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
@@ -75,12 +75,11 @@ class Planner:
         ):
             if asked > allowed:
                 raise over_limit(f"{asked} {what} asked for; allowed: at most {allowed}")
-        methods = self._methods(parameters)
+        methods = self._methods(parameters, names)
         cases = [self._case(parameters, prepared, target) for target in targets]
         return Plan(prepared, parameters, [Job(m, case, parameters.smoother()) for m in methods for case in cases])
 
-    def _methods(self, parameters: Parameters) -> list[Method]:
-        names = self.capabilities.choose(parameters.method)
+    def _methods(self, parameters: Parameters, names: Sequence[str]) -> list[Method]:
         return [self._checked(method) for name in names for method in parameters.methods(name)]
 
     def _checked(self, method: Method) -> Method:

@@ -89,7 +89,6 @@ class Method:
     """A technique of attribution; its dataclass fields are the parameters that a client may choose."""
 
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
-    random: ClassVar[bool] = False  # True: the map depends on the seed
     adaptive: ClassVar[bool] = False  # True: it decides within `case.budget` how many rows it takes
 
     def evaluations(self) -> int:

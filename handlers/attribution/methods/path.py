@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isnan
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from attribution.rows import Asking, Evaluation, Rows
 
 FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
-
-
 ROUNDING = 1e-4  # of a score: as far as the sum of a float32 map can be trusted
 
 
@@ -159,8 +156,6 @@ class GradientShap(Method):
     expectation; the error told is of this sample. arXiv:1906.10670, equation 7; SHAP's GradientExplainer.
     """
 
-    random: ClassVar[bool] = True
-
     baseline: Baseline = Baseline.BLACK
     samples: int = 50
     stdev: float = 0.0
@@ -173,7 +168,7 @@ class GradientShap(Method):
 
     def attribute(self, case: Case) -> Asking[Attribution]:
         fixed = self.baseline.image(case)
-        # One random offset for evenly spaced points: as unbiased as free draws of u, with a third of their error.
+        # One random offset for evenly spaced points: as unbiased as free draws of u, and they err less.
         offset = case.draw(Draw.PATH, 0).random()
         total = torch.zeros_like(case.input)
 
