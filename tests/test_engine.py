@@ -7,8 +7,9 @@ import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
 
 from attribution.classifier import Classifier
-from attribution.engine import Engine, Job
+from attribution.engine import Engine
 from attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
+from attribution.job import Job
 from attribution.methods import METHODS, Case, Method, Smoothing
 from attribution.methods.baselines import Baseline
 from attribution.methods.cam import GradCam
@@ -55,27 +56,27 @@ def mixed_jobs(classifier):
 @pytest.mark.parametrize("pack", [1, 5, 64])
 def test_a_batch_answers_each_job_as_if_it_were_alone(classifier, pack):
     jobs = mixed_jobs(classifier)
-    together = Engine(classifier, pack).explain(jobs)
+    together = Engine(classifier, pack).run(jobs)
     for job, outcome in zip(jobs, together, strict=True):
-        (alone,) = Engine(classifier, 16).explain([job])
-        torch.testing.assert_close(outcome.attribution.map, alone.attribution.map, rtol=1e-7, atol=1e-9)
+        (alone,) = Engine(classifier, 16).run([job])
+        torch.testing.assert_close(outcome.result.map, alone.result.map, rtol=1e-7, atol=1e-9)
         assert outcome.evaluations == alone.evaluations
-        assert outcome.attribution.completeness_error == pytest.approx(alone.attribution.completeness_error, abs=1e-9)
+        assert outcome.result.completeness_error == pytest.approx(alone.result.completeness_error, abs=1e-9)
 
 
 def test_the_order_of_the_batch_does_not_matter(classifier):
     jobs = mixed_jobs(classifier)
     order = random.Random(0).sample(range(len(jobs)), len(jobs))
-    straight = Engine(classifier, 8).explain(jobs)
-    shuffled = Engine(classifier, 8).explain([jobs[i] for i in order])
+    straight = Engine(classifier, 8).run(jobs)
+    shuffled = Engine(classifier, 8).run([jobs[i] for i in order])
     for place, i in enumerate(order):
-        torch.testing.assert_close(shuffled[place].attribution.map, straight[i].attribution.map, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(shuffled[place].result.map, straight[i].result.map, rtol=1e-7, atol=1e-9)
 
 
 def test_the_same_seed_gives_the_same_map_and_another_seed_another(classifier, image):
     def shap(seed):
         job = Job(GradientShap(samples=4, stdev=0.1), Case(classifier, image, 0, known_score=0.0, seed=seed))
-        return Engine(classifier, 8).explain([job])[0].attribution.map
+        return Engine(classifier, 8).run([job])[0].result.map
 
     assert torch.equal(shap(1), shap(1))
     assert not torch.allclose(shap(1), shap(2))
@@ -84,7 +85,7 @@ def test_the_same_seed_gives_the_same_map_and_another_seed_another(classifier, i
 def test_rows_of_different_jobs_share_passes(classifier):
     jobs = [job for job in mixed_jobs(classifier) if isinstance(job.method, Sensitivity) and job.smoothing is None] * 6
     sizes = watched_passes(classifier)
-    Engine(classifier, 4).explain(jobs)
+    Engine(classifier, 4).run(jobs)
     assert sizes == [4, 2]
 
 
@@ -101,7 +102,7 @@ def test_the_module_given_is_never_touched_and_the_served_one_comes_back(model):
     classifier = Classifier(model.train(), NORMALIZATION, SIZE)
     model.eval()
     served = state_of(classifier._model)
-    Engine(classifier, 8).explain(mixed_jobs(classifier))
+    Engine(classifier, 8).run(mixed_jobs(classifier))
     assert_same_state(served, state_of(classifier._model))
     assert_same_state(given, state_of(model))
 
@@ -109,7 +110,7 @@ def test_the_module_given_is_never_touched_and_the_served_one_comes_back(model):
 def test_the_served_model_comes_back_after_an_exception(classifier):
     served, jobs = state_of(classifier._model), mixed_jobs(classifier)
     broken = classifier._model.head.register_forward_hook(lambda *_: 1 / 0)
-    outcomes = Engine(classifier, 8).explain(jobs)
+    outcomes = Engine(classifier, 8).run(jobs)
     broken.remove()
     assert all(isinstance(outcome, AttributionError) for outcome in outcomes)
     assert_same_state(served, state_of(classifier._model))
@@ -118,7 +119,7 @@ def test_the_served_model_comes_back_after_an_exception(classifier):
 class Broken(Method):
     """Asks for a row, then fails."""
 
-    def evaluations(self):
+    def evaluations(self, classifier):
         return 1
 
     def attribute(self, case):
@@ -135,11 +136,9 @@ class BrokenReduction(Broken):
 @pytest.mark.parametrize("method", [Broken(), BrokenReduction()], ids=["method", "reduction"])
 def test_a_failing_job_takes_no_neighbour_with_it(classifier, image, method):
     case = Case(classifier, image, 0, known_score=0.0)
-    before, failed, after = Engine(classifier, 8).explain(
-        [Job(Sensitivity(), case), Job(method, case), Job(Sensitivity(), case)]
-    )
+    before, failed, after = Engine(classifier, 8).run([Job(Sensitivity(), case), Job(method, case), Job(Sensitivity(), case)])
     assert isinstance(failed, AttributionError)
-    assert torch.equal(before.attribution.map, after.attribution.map)
+    assert torch.equal(before.result.map, after.result.map)
 
 
 def limited(classifier, rows):
@@ -158,17 +157,17 @@ def limited(classifier, rows):
 
 def test_out_of_memory_halves_the_pack_and_loses_no_row(classifier):
     jobs = mixed_jobs(classifier)
-    expected = Engine(classifier, 16).explain(jobs)
+    expected = Engine(classifier, 16).run(jobs)
     managed = limited(classifier, 3)
     engine = Engine(classifier, 16)
-    for outcome, one in zip(engine.explain(jobs), expected, strict=True):
-        torch.testing.assert_close(outcome.attribution.map, one.attribution.map, rtol=1e-7, atol=1e-9)
+    for outcome, one in zip(engine.run(jobs), expected, strict=True):
+        torch.testing.assert_close(outcome.result.map, one.result.map, rtol=1e-7, atol=1e-9)
     assert max(managed) <= 3 and engine.pack <= 3
 
 
 def test_out_of_memory_at_one_row_is_told_to_each_job(classifier, image):
     limited(classifier, 0)
-    outcomes = Engine(classifier, 4).explain([Job(Sensitivity(), Case(classifier, image, 0))] * 2)
+    outcomes = Engine(classifier, 4).run([Job(Sensitivity(), Case(classifier, image, 0))] * 2)
     assert all(isinstance(outcome, OutOfMemory) for outcome in outcomes)
 
 
@@ -182,9 +181,9 @@ def test_cheap_jobs_are_answered_before_the_deadline_ends_the_others(classifier,
     ticks = iter(range(10**6))
     engine = Engine(classifier, 4, clock=lambda: float(next(ticks)))
     case = Case(classifier, image, 0, known_score=0.0)
-    long, short = engine.explain([Job(IntegratedGradients(steps=400), case), Job(GradCam(), case)], deadline=20)
+    long, short = engine.run([Job(IntegratedGradients(steps=400), case), Job(GradCam(), case)], deadline=20)
     assert isinstance(long, DeadlinePassed)
-    assert float(short.attribution.map.max()) > 0
+    assert float(short.result.map.max()) > 0
     assert next(ticks) < 30  # it stopped in time
 
 
@@ -192,8 +191,8 @@ def test_one_slow_batch_does_not_refuse_the_next(classifier, image):
     times = iter([0.0, 50.0])  # the first batch's only pass takes 50 seconds, all later ones none
     engine = Engine(classifier, 4, clock=lambda: next(times, 50.0))
     job = Job(Sensitivity(), Case(classifier, image, 0, known_score=0.0))
-    first, later = (engine.explain([job], deadline)[0] for deadline in (60.0, 60.0))
-    assert torch.equal(first.attribution.map, later.attribution.map)
+    first, later = (engine.run([job], deadline)[0] for deadline in (60.0, 60.0))
+    assert torch.equal(first.result.map, later.result.map)
 
 
 def test_a_model_that_answers_nan_is_not_explained(image):
@@ -201,7 +200,7 @@ def test_a_model_that_answers_nan_is_not_explained(image):
     with torch.no_grad():
         model.head.bias.fill_(float("nan"))
     classifier = Classifier(model, NORMALIZATION, SIZE)
-    (outcome,) = Engine(classifier, 4).explain([Job(IntegratedGradients(), Case(classifier, image, 0))])
+    (outcome,) = Engine(classifier, 4).run([Job(IntegratedGradients(), Case(classifier, image, 0))])
     assert isinstance(outcome, NotFinite)
 
 
@@ -219,7 +218,7 @@ def test_memory_does_not_grow_with_steps_or_samples(classifier, image):
         alive.clear()
         hook = classifier._model.head.register_forward_hook(count)
         job = Job(IntegratedGradients(steps=steps), Case(classifier, image, 0), Smoothing(Kind.SMOOTHGRAD, 2))
-        Engine(classifier, 20).explain([job])
+        Engine(classifier, 20).run([job])
         hook.remove()
         peaks.append(max(alive))
     assert peaks[0] == peaks[1]

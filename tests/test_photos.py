@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision import transforms
 
 from attribution.classifier import Classifier
-from attribution.engine import Engine, Job
+from attribution.engine import Engine
+from attribution.job import Job
 from attribution.methods import Case
 from attribution.methods.path import IntegratedGradients
 from serving.images import read_picture
@@ -60,5 +61,5 @@ def test_bisected_paths_reach_their_error_with_few_rows(served):
         image = read_picture(data, preprocessing, 10**8).input
         logits = engine.logits([image])[0]
         case = Case(engine.classifier, image, int(logits.argmax()), known_score=float(logits.max()))
-        (explained,) = engine.explain([Job(IntegratedGradients(max_error=0.05), case)])
-        assert explained.attribution.completeness_error <= 0.05 and explained.evaluations <= 73, name
+        (explained,) = engine.run([Job(IntegratedGradients(max_error=0.05), case)])
+        assert explained.result.completeness_error <= 0.05 and explained.evaluations <= 73, name

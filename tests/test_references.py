@@ -16,7 +16,8 @@ from conftest import NORMALIZATION, ROOT, SIZE
 from torch import nn
 
 from attribution.classifier import Classifier
-from attribution.engine import Engine, Job
+from attribution.engine import Engine
+from attribution.job import Job
 from attribution.methods import Case, Smoothing
 from attribution.methods.cam import GradCam
 from attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
@@ -33,7 +34,7 @@ TARGET = 3
 def explain(classifier, method, image, smoothing=None, **case):
     score = float(classifier.logits(image[None])[0, TARGET])
     job = Job(method, Case(classifier, image, TARGET, known_score=score, **case), smoothing)
-    return Engine(classifier, pack=7).explain([job])[0].attribution.map
+    return Engine(classifier, pack=7).run([job])[0].result.map
 
 
 def relative_difference(found, expected):

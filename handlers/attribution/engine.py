@@ -1,63 +1,46 @@
-"""The engine: many jobs in, one map each out; rows of all jobs share passes.
+"""The engine: many pieces of work in, one result each out; rows of all of them share passes.
 
 The engine alone decides how rows are packed, when a pack is halved because memory ran out, and when the
-deadline is reached. A job that fails takes none of its neighbours with it.
+deadline is reached. Work that fails takes none of its neighbours with it.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite
-from typing import TypeVar
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
-from attribution.methods import Attribution, Case, Method, Smoothing
+from attribution.errors import AttributionError, DeadlinePassed, OutOfMemory
 from attribution.rows import Asking, Evaluation, Rows
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One map to be made: a method, smoothed or not, on a case."""
-
-    method: Method
-    case: Case
-    smoothing: Smoothing | None = None
-
-    @property
-    def signed(self) -> bool:
-        """Whether the map can be negative."""
-        return self.method.signed if self.smoothing is None else self.smoothing.signed(self.method)
-
-    @property
-    def copies(self) -> int:
-        """How many inputs the method is applied to."""
-        return 1 if self.smoothing is None else self.smoothing.samples
+class Work(Protocol[R_co]):
+    """What the engine runs: it asks for rows and comes to a result."""
 
     @property
     def evaluations(self) -> int:
-        """How many rows the job takes; for an adaptive method the least."""
-        return self.copies * self.method.evaluations()
+        """How many evaluations it takes, or the least of them."""
+        ...
 
-    def attribute(self) -> Asking[Attribution]:
-        """Ask for the job's rows and return its map."""
-        if self.smoothing is None:
-            return self.method.attribute(self.case)
-        return self.smoothing.attribute(self.method, self.case)
+    def compute(self) -> Asking[R_co]:
+        """Ask for rows and return the result."""
+        ...
 
 
 @dataclass(frozen=True)
-class Explained:
-    """A finished job: its attribution, the rows evaluated for it, and its share of the passes' seconds."""
+class Finished(Generic[T]):
+    """Finished work: its result, the evaluations spent on it, and its share of the passes' seconds."""
 
-    attribution: Attribution
+    result: T
     evaluations: int
     seconds: float
 
@@ -71,46 +54,39 @@ class _Block:
 
 
 @dataclass
-class _Task:
-    """A job under way; `waiting` are the blocks it needs before it can go on."""
+class _Task(Generic[T]):
+    """Work under way; `waiting` are the blocks it needs before it can go on."""
 
-    job: Job
-    computation: Asking[Attribution]
+    work: Work[T]
+    computation: Asking[T]
     waiting: list[_Block] = field(default_factory=list)
-    outcome: Explained | AttributionError | None = None
+    outcome: Finished[T] | AttributionError | None = None
     evaluations: int = 0
     seconds: float = 0.0
 
     def go_on(self) -> None:
-        """Let the job reduce what it has and ask for more, or finish."""
+        """Let the work reduce what it has and ask for more, or finish."""
         try:
             self.waiting = [_Block(rows) for rows in next(self.computation) if rows.count]
         except StopIteration as finished:
-            self._finish(finished.value)
+            self.outcome = Finished(finished.value, self.evaluations, self.seconds)
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """End the job without a map; an error that is not an AttributionError is a fault of ours and is logged."""
+        """End the work without a result; an error that is not an AttributionError is a fault of ours and is logged."""
         if not isinstance(error, AttributionError):
-            log.error("%s failed", type(self.job.method).__name__, exc_info=error)
+            log.error("%s failed", self.work, exc_info=error)
             error = AttributionError("the explanation failed inside the server; its log says why")
         self.computation.close()
         self.waiting, self.outcome = [], error
-
-    def _finish(self, attribution: Attribution) -> None:
-        scalars = (attribution.baseline_score or 0.0, attribution.completeness_error or 0.0)
-        if torch.isfinite(attribution.map).all() and all(map(isfinite, scalars)):
-            self.outcome = Explained(attribution, self.evaluations, self.seconds)
-        else:
-            self.outcome = NotFinite("the model's score or its gradient is not a finite number for this image")
 
 
 @dataclass(frozen=True)
 class _Slice:
     """Part of a block that rides in the next pass."""
 
-    task: _Task
+    task: _Task[Any]
     block: _Block
     count: int
 
@@ -123,14 +99,14 @@ class _Slice:
         except Exception as error:
             self.task.fail(error)
         self.block.done += self.count
-        self.task.evaluations += self.count
+        self.task.evaluations += self.count * self.block.rows.passes
         self.task.seconds += seconds
         if self.block.done == self.block.rows.count:
             self.task.waiting = [block for block in self.task.waiting if block is not self.block]
 
 
 class Engine:
-    """Runs jobs on one classifier with at most `pack` rows a pass; a pack that does not fit is halved for good."""
+    """Runs work on one classifier with at most `pack` rows a pass; a pack that does not fit is halved for good."""
 
     def __init__(self, classifier: Classifier, pack: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.classifier = classifier
@@ -150,14 +126,14 @@ class Engine:
                 done += len(chunk)
         return torch.cat(parts)
 
-    def explain(self, jobs: Sequence[Job], deadline: float = inf) -> list[Explained | AttributionError]:
-        """Return each job's map or the error that it alone met; `deadline` is a time of the engine's clock.
+    def run(self, works: Sequence[Work[T]], deadline: float = inf) -> list[Finished[T] | AttributionError]:
+        """Return each work's result or the error that it alone met; `deadline` is a time of the engine's clock.
 
-        Cheap jobs go first, so that the deadline, if it comes, costs as few answers as possible.
+        Cheap work goes first, so that the deadline, if it comes, costs as few answers as possible.
         """
         self._longest = 0.0
-        tasks = [_Task(job, job.attribute()) for job in jobs]
-        live = sorted(tasks, key=lambda task: task.job.evaluations)
+        tasks = [_Task(work, work.compute()) for work in works]
+        live = sorted(tasks, key=lambda task: task.work.evaluations)
         for task in live:
             task.go_on()
         while live := [task for task in live if task.outcome is None]:
@@ -169,7 +145,7 @@ class Engine:
                 self._pass(self._fill(live), deadline, live)
         return [task.outcome for task in tasks if task.outcome is not None]
 
-    def _fill(self, live: list[_Task]) -> list[_Slice]:
+    def _fill(self, live: Sequence[_Task[T]]) -> list[_Slice]:
         """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along."""
         blocks = [(task, block) for task in live for block in task.waiting]
         kind, free = blocks[0][1].rows.kind, self.pack
@@ -180,7 +156,7 @@ class Engine:
                 free -= slices[-1].count
         return slices
 
-    def _pass(self, slices: list[_Slice], deadline: float, live: list[_Task]) -> None:
+    def _pass(self, slices: list[_Slice], deadline: float, live: Sequence[_Task[T]]) -> None:
         count = sum(part.count for part in slices)
         began = self._clock()
         if began + self._longest > deadline:

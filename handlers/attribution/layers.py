@@ -15,6 +15,7 @@ class Grid:
     """How a layer's output holds an h x w grid: channels first, channels last, or as tokens (`skip` of them before it)."""
 
     layout: str
+    channels: int
     height: int
     width: int
     skip: int = 0
@@ -55,16 +56,16 @@ def find_spatial_layers(model: nn.Module, example: Tensor) -> dict[str, Grid]:
 def _grid(output: Tensor, example: Tensor) -> Grid | None:
     rows, columns = example.shape[-2:]
     if output.dim() == 4:
-        shapes = {"channels_first": output.shape[2:], "channels_last": output.shape[1:3]}
-        for layout, (height, width) in shapes.items():
+        _, a, b, c = output.shape
+        for layout, channels, height, width in (("channels_first", a, b, c), ("channels_last", c, a, b)):
             if height * width > 1 and _same_aspect(height, width, rows, columns):
-                return Grid(layout, height, width)
+                return Grid(layout, channels, height, width)
     if output.dim() == 3:
         for skip in (0, 1):
             tokens = output.shape[1] - skip
             height = round((tokens * rows / columns) ** 0.5)
             if height > 1 and height * round(height * columns / rows) == tokens:
-                return Grid("tokens", height, round(height * columns / rows), skip)
+                return Grid("tokens", output.shape[2], height, round(height * columns / rows), skip)
     return None
 
 

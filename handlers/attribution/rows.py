@@ -63,7 +63,8 @@ class Rows:
 
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
-    takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order.
+    takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. `passes` is
+    how many of the model's own evaluations one row costs.
     """
 
     count: int
@@ -74,6 +75,7 @@ class Rows:
     gradient: bool = True
     layers: tuple[str, ...] = ()
     rule: Rule | None = None
+    passes: int = 1
 
     @property
     def kind(self) -> tuple[bool, Rule | None]:

@@ -13,8 +13,9 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from attribution.engine import Explained, Job
-from attribution.methods import METHODS
+from attribution.engine import Finished
+from attribution.job import Job
+from attribution.methods import METHODS, Attribution
 from serving.images import Picture
 from serving.parameters import Parameters
 from serving.pictures import (
@@ -62,7 +63,7 @@ class Explanation:
     """One finished map of one request, ready to be told and drawn."""
 
     job: Job
-    explained: Explained
+    explained: Finished[Attribution]
     target: Class
     parameters: Parameters
     picture: Picture
@@ -75,7 +76,7 @@ class Explanation:
     @cached_property
     def values(self) -> Map:
         """The map [H, W], summed over channels."""
-        return self.explained.attribution.map.sum(0).float().cpu().numpy()
+        return self.explained.result.map.sum(0).float().cpu().numpy()
 
     def used(self) -> dict[str, object]:
         """Return the parameters that made this map, as the method took them."""
@@ -92,7 +93,7 @@ class Explanation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of the explanation."""
-        attribution, drawn = self.explained.attribution, self.drawn
+        attribution, drawn = self.explained.result, self.drawn
         told: dict[str, Any] = {
             "method": self.method,
             "target": self.target.as_json() | {"score": self.job.case.known_score},
@@ -211,7 +212,7 @@ def describe(explanation: Explanation) -> str:
     told = f"{explanation.target.label}, {explanation.target.probability:.1%}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
-    error = explanation.explained.attribution.completeness_error
+    error = explanation.explained.result.completeness_error
     return told if error is None else f"{told}, completeness error {error:.1%}"
 
 

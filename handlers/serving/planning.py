@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.engine import Job
 from attribution.errors import Unsupported
+from attribution.job import Job
 from attribution.methods import Case, Method
 from attribution.rows import Score
 from serving.errors import bad_request, over_limit, shown

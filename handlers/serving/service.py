@@ -8,9 +8,10 @@ from http import HTTPStatus
 from typing import Any
 
 from attribution.classifier import Classifier
-from attribution.engine import Engine, Explained, Job
+from attribution.engine import Engine, Finished
 from attribution.errors import AttributionError, NotFinite
-from attribution.methods import Case
+from attribution.job import Job
+from attribution.methods import Attribution, Case
 from attribution.methods.path import IntegratedGradients
 from serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer, try_it_page
 from serving.errors import ClientError, bad_request, from_engine, over_limit, shown
@@ -85,12 +86,12 @@ class Service:
         self._engine = Engine(classifier, self._limits.pack)
         self._model = dict(model)
 
-    def warm_up(self) -> Explained | AttributionError:
+    def warm_up(self) -> Finished[Attribution] | AttributionError:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
         classifier = self._engine.classifier
         self._engine.logits([classifier.example[0]])
         case = Case(classifier, classifier.example[0], 0, budget=17)
-        return self._engine.explain([Job(IntegratedGradients(max_error=1e-9), case)])[0]
+        return self._engine.run([Job(IntegratedGradients(max_error=1e-9), case)])[0]
 
     def answer(self, rows: Sequence[Row]) -> list[Exchange]:
         """Answer each request as if it had come alone."""
@@ -140,12 +141,12 @@ class Service:
     def _explain(self, exchanges: Sequence[Exchange], deadline: float) -> None:
         """Run the jobs of all requests together."""
         planned = [(exchange, plan) for exchange in exchanges if exchange.finished is None for plan in exchange.plans]
-        outcomes = iter(self._engine.explain([job for _, plan in planned for job in plan.jobs], deadline))
+        outcomes = iter(self._engine.run([job for _, plan in planned for job in plan.jobs], deadline))
         for exchange, plan in planned:
             found = [next(outcomes) for _ in plan.jobs]
             exchange.attempt(lambda exchange, plan=plan, found=found: self._collect(exchange, plan, found))  # type: ignore[misc]
 
-    def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Explained | AttributionError]) -> None:
+    def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Finished[Attribution] | AttributionError]) -> None:
         explanations: list[Explanation] = []
         for job, outcome in zip(plan.jobs, found, strict=True):
             if isinstance(outcome, AttributionError):

@@ -20,9 +20,6 @@ class Cam(Method):
 
     layer: str = "last"
 
-    def evaluations(self) -> int:
-        return 1
-
     def attribute(self, case: Case) -> Asking[Attribution]:
         found: list[Layer] = []
         yield [layer_row(case, self.layer, found)]

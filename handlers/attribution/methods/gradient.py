@@ -41,9 +41,6 @@ class Saliency(Method):
 
     signed: ClassVar[bool] = False
 
-    def evaluations(self) -> int:
-        return 1
-
     def attribute(self, case: Case) -> Asking[Attribution]:
         gradient = yield from input_gradient(case)
         return Attribution(gradient.abs())
@@ -56,9 +53,6 @@ class InputXGradient(Method):
 
     map = x * dF/dx, signed; arXiv:1605.01713, section 2.
     """
-
-    def evaluations(self) -> int:
-        return 1
 
     def attribute(self, case: Case) -> Asking[Attribution]:
         gradient = yield from input_gradient(case)
@@ -74,9 +68,6 @@ class Sensitivity(Method):
     """
 
     signed: ClassVar[bool] = False
-
-    def evaluations(self) -> int:
-        return 1
 
     def attribute(self, case: Case) -> Asking[Attribution]:
         gradient = yield from input_gradient(case)

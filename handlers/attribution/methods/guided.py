@@ -74,9 +74,6 @@ class GuidedBackprop(Guided):
     arXiv:1412.6806, section 3.4; signed. Other activations keep their own gradient.
     """
 
-    def evaluations(self) -> int:
-        return 1
-
     def attribute(self, case: Case) -> Asking[Attribution]:
         gradient = yield from input_gradient(case, GuidedRelus())
         return Attribution(gradient)
@@ -92,7 +89,7 @@ class GuidedGradCam(Guided):
 
     layer: str = "last"
 
-    def evaluations(self) -> int:
+    def evaluations(self, classifier: Classifier) -> int:
         return 2
 
     def attribute(self, case: Case) -> Asking[Attribution]:

@@ -91,9 +91,9 @@ class Method:
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
     adaptive: ClassVar[bool] = False  # True: it decides within `case.budget` how many rows it takes
 
-    def evaluations(self) -> int:
-        """Return how many rows one map costs; for an adaptive method the least."""
-        raise NotImplementedError
+    def evaluations(self, classifier: Classifier) -> int:
+        """Return how many evaluations one map costs; for an adaptive method the least."""
+        return 1
 
     def attribute(self, case: Case) -> Asking[Attribution]:
         """Ask for rows and return the map."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.classifier import Classifier
 from attribution.methods.baselines import Baseline
 from attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
 from attribution.rows import Asking, Evaluation, Rows
@@ -44,7 +45,7 @@ class IntegratedGradients(Method):
         """A given number of steps leaves nothing to decide."""
         return self.steps is None
 
-    def evaluations(self) -> int:
+    def evaluations(self, classifier: Classifier) -> int:
         return FIRST_INTERVALS + 1 if self.steps is None else self.steps + 1  # with the baseline's score
 
     def attribute(self, case: Case) -> Asking[Attribution]:
@@ -160,7 +161,7 @@ class GradientShap(Method):
     samples: int = 50
     stdev: float = 0.0
 
-    def evaluations(self) -> int:
+    def evaluations(self, classifier: Classifier) -> int:
         return self.samples + self._baselines()
 
     def _baselines(self) -> int:

@@ -6,6 +6,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from attribution.classifier import Classifier
 from attribution.methods.baselines import Baseline
 from attribution.methods.method import Attribution, Case, Method, register, scores_into, stacked
 from attribution.rows import Asking, Evaluation
@@ -24,7 +25,7 @@ class Occlusion(Method):
 
     baseline: Baseline = Baseline.BLACK
 
-    def evaluations(self) -> int:
+    def evaluations(self, classifier: Classifier) -> int:
         return (2 * WINDOWS - 1) ** 2 + 1
 
     def attribute(self, case: Case) -> Asking[Attribution]:

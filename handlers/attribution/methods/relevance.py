@@ -75,9 +75,6 @@ class BiasedLayer(Method):
         """Relevance has a sign, a squared norm has none."""
         return self.reduction is Reduction.RELEVANCE
 
-    def evaluations(self) -> int:
-        return 1
-
     def attribute(self, case: Case) -> Asking[Attribution]:
         gradient = yield from input_gradient(case, BiasedLayers(self.gamma))
         relevance = self.reduction is Reduction.RELEVANCE
