@@ -49,6 +49,21 @@ def small_cnn(seed=0, classes=5):
     return model
 
 
+class Linear(nn.Module):
+    """Logits W x + b: everything about it is known in closed form."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(3 * SIZE[0] * SIZE[1], 4).double()
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+    def weight(self, target):
+        return self.layer.weight[target].detach().reshape(3, *SIZE)
+
+
 @pytest.fixture
 def model():
     return small_cnn()
@@ -82,3 +97,13 @@ def photo():
     from deploy.photo import photo_path
 
     return photo_path().read_bytes()
+
+
+@pytest.fixture
+def linear():
+    return Linear()
+
+
+@pytest.fixture
+def linear_classifier(linear):
+    return Classifier(linear, NORMALIZATION, SIZE)

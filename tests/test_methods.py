@@ -12,12 +12,12 @@ from attribution.engine import Engine
 from attribution.job import Job
 from attribution.methods import METHODS, Case, Smoothing
 from attribution.methods.baselines import Baseline
-from attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam
+from attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam, ScoreCam
 from attribution.methods.gradient import Sensitivity
 from attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from attribution.methods.noise import Kind, Moments
 from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.methods.perturbation import Occlusion
+from attribution.methods.perturbation import Occlusion, Rise, random_mask
 from attribution.methods.relevance import BiasedLayer, BiasedLayers, Reduction
 from attribution.rows import Score
 
@@ -34,31 +34,6 @@ def case_of(classifier, image, target=1, score=Score.LOGIT, **options):
 def explain(job, pack=16):
     (outcome,) = Engine(job.case.classifier, pack).run([job])
     return outcome
-
-
-class Linear(nn.Module):
-    """Logits W x + b: everything about it is known in closed form."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = nn.Linear(3 * SIZE[0] * SIZE[1], 4).double()
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
-
-    def weight(self, target):
-        return self.layer.weight[target].detach().reshape(3, *SIZE)
-
-
-@pytest.fixture
-def linear():
-    return Linear()
-
-
-@pytest.fixture
-def linear_classifier(linear):
-    return Classifier(linear, NORMALIZATION, SIZE)
 
 
 @pytest.mark.parametrize("method", [IntegratedGradients(steps=1), IntegratedGradients(), GradientShap(samples=3)])
@@ -201,6 +176,50 @@ def test_guided_relu6_passes_back_only_what_is_positive_and_not_cut():
     image[0, 0, :4] = torch.tensor([1.0, 2.0, -1.0, 9.0])  # passed, weight negative, below 0, above 6
     found = explain(Job(GuidedBackprop(), Case(classifier, image, 0, known_score=0.0))).result.map
     assert found[0, 0, :4].tolist() == [2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("samples", [50, 5])
+def test_score_cam_is_its_naive_replica(model, classifier, image, samples):
+    activation, _ = naive_layer(model, image, 1)
+    chosen = activation.flatten(1).var(1).argsort(descending=True)[:samples].sort().values
+    scores = []
+    for channel in chosen.tolist():
+        mask = nn.functional.interpolate(activation[None, channel : channel + 1], SIZE, mode="bilinear")
+        mask = (mask - mask.min()) / (mask.max() - mask.min())
+        scores.append(model(image[None] * mask)[0, 1].detach())
+    cam = torch.tensordot(torch.stack(scores).softmax(0), activation[chosen], 1)
+    expected = nn.functional.interpolate(cam.relu()[None, None], SIZE, mode="bilinear")[0]
+    explained = explain(Job(ScoreCam("reduce", samples), case_of(classifier, image)))
+    torch.testing.assert_close(explained.result.map, expected)
+    assert explained.evaluations == 1 + min(samples, 12)
+
+
+def test_rise_is_its_naive_replica(classifier, image):
+    case = case_of(classifier, image, seed=3)
+    hidden = Baseline.BLACK.image(case)
+    masks = torch.stack([random_mask(case, number) for number in range(40)])
+    scores = classifier.logits(hidden + masks * (image - hidden))[:, 1]
+    expected = (masks * scores[:, None, None, None]).sum(0) / masks.sum(0) - scores.mean()
+    torch.testing.assert_close(explain(Job(Rise(samples=40), case)).result.map, expected)
+
+
+def test_random_masks_show_half_and_are_smooth(classifier, image):
+    case = case_of(classifier, image)
+    masks = torch.stack([random_mask(case, number) for number in range(300)])
+    assert masks.shape == (300, 1, *SIZE) and float(masks.min()) >= 0 and float(masks.max()) <= 1
+    assert masks.mean((0, 1)).sub(0.5).abs().max() < 0.1
+    assert float(masks.diff(dim=3).abs().max()) < 0.5  # no cell ends in a step
+
+
+def test_rise_finds_the_only_pixels_that_count(image):
+    class Corner(nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, :, :4, :4].mean((1, 2, 3)), x[:, 0, 0, 0]], 1)
+
+    classifier = Classifier(Corner(), NORMALIZATION, SIZE)
+    image = NORMALIZATION(torch.ones(3, *SIZE))
+    found = explain(Job(Rise(samples=2000), Case(classifier, image, 0))).result.map[0]
+    assert found[1, 1] > 4 * found[8:, 8:].abs().max()
 
 
 def test_a_model_without_relus_or_grids_says_what_cannot_serve_it():

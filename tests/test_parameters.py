@@ -72,6 +72,8 @@ def another(name):
     """A value that is no method's default."""
     if name in CHOICES:
         return choices(name)[-1]
+    if name == "quality":
+        return ["deletion", "infidelity"]
     if name in LISTS:
         return ["one", "two"]
     return True if name == "values" else (7 if name in WHOLE else 0.125)
@@ -98,7 +100,7 @@ def checked(error):
 
 def test_every_parameter_is_a_number_a_choice_a_list_or_a_truth():
     """So that the tests below leave none out."""
-    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values"}
+    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "quality"}
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attribution.errors import Unsupported
 from attribution.folding import fold_batch_norms
+from attribution.functions import operations
 from attribution.layers import Grid, find_spatial_layers
 from attribution.rows import Evaluation, Layer, Rule, Score
 
@@ -61,6 +62,7 @@ class Classifier:
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
         self.classes = self._count_classes()
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
+        self.operations = operations(self._model, self.example)
         # A few rules at a time: each holds changed layers, and a client chooses their parameters.
         self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
 
@@ -115,6 +117,14 @@ class Classifier:
             },
         )
 
+    def refusal(self, rule: Rule) -> str | None:
+        """Return why the model cannot run under a rule, or None where it can."""
+        try:
+            self.evaluate(self.example, [0], [], gradient=True, rule=rule)
+        except Unsupported as reason:
+            return str(reason)
+        return None
+
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -140,7 +150,7 @@ def _gradients(selected: Tensor, wanted: list[Tensor]) -> Iterator[Tensor]:
     """Return the gradient of the summed scores to each tensor; zeros where the scores do not depend on it."""
     if not selected.requires_grad:
         return iter([torch.zeros_like(tensor) for tensor in wanted])
-    found = torch.autograd.grad(selected.sum(), wanted, allow_unused=True)
+    found = torch.autograd.grad(selected, wanted, torch.ones_like(selected), allow_unused=True)
     return (torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))
 
 

@@ -76,7 +76,7 @@ class _Task(Generic[T]):
     def fail(self, error: Exception) -> None:
         """End the work without a result; an error that is not an AttributionError is a fault of ours and is logged."""
         if not isinstance(error, AttributionError):
-            log.error("%s failed", self.work, exc_info=error)
+            log.error("%s failed", type(self.work).__name__, exc_info=error)
             error = AttributionError("the explanation failed inside the server; its log says why")
         self.computation.close()
         self.waiting, self.outcome = [], error

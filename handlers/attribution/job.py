@@ -5,9 +5,9 @@ from math import isfinite
 
 import torch
 
-from attribution.errors import NotFinite
+from attribution.errors import NotFinite, Unsupported
 from attribution.methods import Attribution, Case, Method, Smoothing
-from attribution.rows import Asking
+from attribution.rows import Asking, Score
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Job:
         return self.copies * self.method.evaluations(self.case.classifier)
 
     def compute(self) -> Asking[Attribution]:
-        """Ask for the job's rows and return its map; raises NotFinite."""
+        """Ask for the job's rows and return its map; raises Unsupported, NotFinite."""
+        if self.case.score is Score.PROBABILITY and not self.method.explains_probability:
+            raise Unsupported(f"{type(self.method).__name__} has no rule for the softmax; allowed: score=logit")
         attribution = yield from self._attribute()
         scalars = (attribution.baseline_score or 0.0, attribution.completeness_error or 0.0)
         if not (torch.isfinite(attribution.map).all() and all(map(isfinite, scalars))):

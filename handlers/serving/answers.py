@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import Image
 from attribution.engine import Finished
 from attribution.job import Job
 from attribution.methods import METHODS, Attribution
+from attribution.quality import Measured, Quality
 from serving.images import Picture
 from serving.parameters import Parameters
 from serving.pictures import (
@@ -67,6 +68,7 @@ class Explanation:
     target: Class
     parameters: Parameters
     picture: Picture
+    measured: dict[str, tuple[Quality, Finished[Measured]]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -101,7 +103,7 @@ class Explanation:
             "evaluations": self.explained.evaluations,
             "completeness_error": attribution.completeness_error,
             "baseline_score": attribution.baseline_score,
-            "quality": {},
+            "quality": {name: finished.result.value for name, (_, finished) in self.measured.items()},
             "heatmap": {
                 "width": drawn.heatmap.width,
                 "height": drawn.heatmap.height,
@@ -113,6 +115,8 @@ class Explanation:
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
+        if self.measured:
+            told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
         if self.parameters.values:
             told["values"] = _as_float16(self.values)
         return told
@@ -231,6 +235,13 @@ def _as_float16(values: Map) -> dict[str, Any]:
         "shape": list(values.shape),
         "data": _base64(values.astype(np.dtype(dtype).newbyteorder("<")).tobytes()),
     }
+
+
+def _details(quality: Quality, finished: Finished[Measured]) -> dict[str, Any]:
+    """Return what a quality was measured with, what it cost, and its curve if it has one."""
+    told = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
+    curve = finished.result.curve
+    return told if curve is None else told | {"curve": [round(point, 4) for point in curve]}
 
 
 def _base64(data: bytes) -> str:

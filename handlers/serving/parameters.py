@@ -9,8 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from attribution.classifier import Classifier
 from attribution.methods import METHODS, Method, Smoothing
 from attribution.methods.baselines import Baseline
+from attribution.methods.lrp import Composite
 from attribution.methods.noise import Kind
 from attribution.methods.relevance import Reduction
+from attribution.quality import QUALITIES, Quality
 from attribution.rows import Score
 from serving.colormaps import COLORMAPS
 from serving.errors import bad_request, shown
@@ -41,6 +43,7 @@ Whole = Annotated[int, BeforeValidator(_without_bool)]
 Number = Annotated[float, BeforeValidator(_without_bool), Field(allow_inf_nan=False)]
 Target = Annotated[str | int, BeforeValidator(_without_bool)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+QualityName = Annotated[str, Field(pattern=f"^({'|'.join(QUALITIES)})$")]
 
 
 class Parameters(BaseModel):
@@ -65,6 +68,10 @@ class Parameters(BaseModel):
     layer: Names = Field(("last",), description="a module's dotted name, 'last', or a list of them")
     gamma: Number | None = Field(None, ge=0, le=100, description="a number from 0 to 100")
     reduction: Reduction | None = Field(None, description=_one_of(Reduction))
+    composite: Composite | None = Field(None, description=_one_of(Composite))
+    quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
+        (), description=f"one or more of {', '.join(QUALITIES)}"
+    )
     seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     colormap: str | None = Field(None, pattern=f"^({'|'.join(COLORMAPS)})$", description=_one_of(COLORMAPS))
     overlay: Number = Field(0.5, ge=0, le=1, description="an opacity from 0 to 1")
@@ -79,6 +86,10 @@ class Parameters(BaseModel):
             chosen |= {key: getattr(smoothing, key) for key in own if key in ("samples", "stdev")}
         layers = chosen.pop("layer", None)
         return [kind(**chosen)] if layers is None else [kind(**chosen | {"layer": layer}) for layer in layers]
+
+    def qualities(self) -> dict[str, Quality]:
+        """Return the qualities asked for."""
+        return {name: QUALITIES[name]() for name in self.quality}
 
     def smoother(self) -> Smoothing | None:
         """Return the smoothing asked for."""
@@ -116,15 +127,21 @@ class Capabilities:
         self.refused = {name: why for name, method in METHODS.items() if (why := method.unsupported(classifier))}
         self.methods = [name for name in METHODS if name not in self.refused]
 
-    def choose(self, names: Iterable[str]) -> list[str]:
-        """Return the names with `all` spelt out; raises ClientError 400 for one that is unknown or cannot serve."""
+    def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
+        """Return the names with `all` spelt out: what serves the model and the score.
+
+        Raises ClientError 400 for a name that is unknown or cannot serve.
+        """
+        suited = [name for name in self.methods if score is Score.LOGIT or METHODS[name].explains_probability]
         chosen: list[str] = []
         for name in names:
             if name in self.refused:
                 raise bad_request(f"method: {name} cannot serve this model: {self.refused[name]}")
             if name != "all" and name not in self.methods:
                 raise bad_request(f"method: {shown(name)} is unknown; allowed: {', '.join(self.methods)}, all")
-            chosen += self.methods if name == "all" else [name]
+            if name != "all" and name not in suited:
+                raise bad_request(f"score: {name} has no rule for the softmax; allowed: logit")
+            chosen += suited if name == "all" else [name]
         return chosen
 
 

@@ -39,6 +39,16 @@ class Plan:
     parameters: Parameters
     jobs: Sequence[Job]
 
+    @property
+    def times(self) -> int:
+        """How often each job is run: once, and anew for the qualities that repeat it."""
+        return 1 + sum(quality.repeats for quality in self.parameters.qualities().values())
+
+    @property
+    def quality_rows(self) -> int:
+        """How many rows the qualities take beside."""
+        return len(self.jobs) * sum(quality.rows() for quality in self.parameters.qualities().values())
+
 
 class Planner:
     """Turns requests into jobs for one classifier."""
@@ -50,7 +60,7 @@ class Planner:
         self._defaults, self._limits = settings.defaults, settings.limits
         # Defaults that no request could use are told when the archive loads, not to clients.
         parameters = read_parameters(self._defaults)
-        self._methods(parameters, self.capabilities.choose(parameters.method))
+        self._methods(parameters, self.capabilities.choose(parameters.method, parameters.score))
         labels.targets(parameters.target if parameters.target is not None else 0)
 
     def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
@@ -66,7 +76,7 @@ class Planner:
         parameters = read_parameters(defaults, request.defaults, instance.fields)
         if request.protocol is not Protocol.PLAIN and parameters.output != "json":
             raise bad_request(f"output: {shown(parameters.output)} is not for the KServe protocols; allowed: json")
-        names = self.capabilities.choose(parameters.method)
+        names = self.capabilities.choose(parameters.method, parameters.score)
         targets = [prepared.predicted] if parameters.target is None else self._labels.targets(parameters.target)
         for what, asked, allowed in (
             ("methods", len(names), self._limits.methods),
@@ -98,15 +108,16 @@ class Planner:
         return Case(self._classifier, image, target, parameters.score, float(scores[target]), parameters.seed)
 
     def _within_budget(self, plans: list[Plan]) -> list[Plan]:
-        """Refuse what costs more than a request may; what the fixed jobs leave is shared by the adaptive paths."""
-        jobs = [job for plan in plans for job in plan.jobs]
+        """Refuse what costs more than a request may; what the fixed rows leave is shared by the adaptive paths."""
+        jobs = [(job, plan.times) for plan in plans for job in plan.jobs]
         if len(jobs) > self._limits.explanations:
             raise over_limit(f"{len(jobs)} explanations asked for; allowed: at most {self._limits.explanations} a request")
-        least, limit = sum(job.evaluations for job in jobs), self._limits.evaluations
+        extra, limit = sum(plan.quality_rows for plan in plans), self._limits.evaluations
+        least = extra + sum(times * job.evaluations for job, times in jobs)
         if least > limit:
             raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
-        fixed = sum(job.evaluations for job in jobs if not job.method.adaptive)
-        paths = sum(job.copies for job in jobs if job.method.adaptive)
+        fixed = extra + sum(times * job.evaluations for job, times in jobs if not job.method.adaptive)
+        paths = sum(times * job.copies for job, times in jobs if job.method.adaptive)
         budget = min(self._limits.path_evaluations, (limit - fixed) // max(1, paths))
 
         def budgeted(job: Job) -> Job:

@@ -13,6 +13,7 @@ from attribution.errors import AttributionError, NotFinite
 from attribution.job import Job
 from attribution.methods import Attribution, Case
 from attribution.methods.path import IntegratedGradients
+from attribution.quality import Measurement
 from serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer, try_it_page
 from serving.errors import ClientError, bad_request, from_engine, over_limit, shown
 from serving.images import read_picture
@@ -103,6 +104,7 @@ class Service:
         for exchange in exchanges:
             exchange.attempt(self._plan)
         self._explain(exchanges, self._began + self._limits.seconds)
+        self._measure(exchanges, self._began + self._limits.seconds)
         for exchange in exchanges:
             exchange.attempt(self._respond)
         return exchanges
@@ -145,6 +147,22 @@ class Service:
         for exchange, plan in planned:
             found = [next(outcomes) for _ in plan.jobs]
             exchange.attempt(lambda exchange, plan=plan, found=found: self._collect(exchange, plan, found))  # type: ignore[misc]
+
+    def _measure(self, exchanges: Sequence[Exchange], deadline: float) -> None:
+        """Measure the qualities that requests ask for, again together."""
+        asked = [
+            (exchange, explanation, name, Measurement(quality, explanation.job, explanation.explained.result))
+            for exchange in exchanges
+            if exchange.finished is None
+            for explanation in (explanation for image in exchange.explanations for explanation in image)
+            for name, quality in explanation.parameters.qualities().items()
+        ]
+        outcomes = self._engine.run([measurement for *_, measurement in asked], deadline)
+        for (exchange, explanation, name, measurement), outcome in zip(asked, outcomes, strict=True):
+            if isinstance(outcome, AttributionError):
+                exchange.fail(from_engine(outcome))
+            else:
+                explanation.measured[name] = (measurement.quality, outcome)
 
     def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Finished[Attribution] | AttributionError]) -> None:
         explanations: list[Explanation] = []

@@ -53,7 +53,7 @@ class Preprocessing(Section):
 class Limits(Section):
     """What one request may ask for (422 or 413 beyond it), and what the worker spends on a batch."""
 
-    evaluations: PositiveInt = 2000  # rows a request
+    evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
     methods: PositiveInt = 20
     targets: PositiveInt = 5

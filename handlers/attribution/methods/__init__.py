@@ -1,9 +1,10 @@
 """The methods by name: one small class each, in the file of its family."""
 
-from attribution.methods import cam, gradient, guided, path, perturbation, relevance
+from attribution.methods import cam, deep_lift, gradient, guided, lrp, path, perturbation, regions, relevance, superpixels
 from attribution.methods.method import METHODS, Attribution, Case, Method
 from attribution.methods.noise import Smoothing
 
-FAMILIES = (path, gradient, relevance, guided, cam, perturbation)  # importing a family registers its methods
+# Importing a family registers its methods, and this is the order in which they are listed.
+FAMILIES = (path, deep_lift, gradient, guided, relevance, lrp, cam, perturbation, superpixels, regions)
 
 __all__ = ["METHODS", "Attribution", "Case", "Method", "Smoothing"]

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from attribution.classifier import Classifier
 from attribution.errors import Unsupported
-from attribution.methods.method import Attribution, Case, Method, register
+from attribution.methods.method import Attribution, Case, Method, register, scores_into, stacked
 from attribution.rows import Asking, Evaluation, Layer, Rows
 
 
@@ -78,6 +79,38 @@ class LayerCam(Cam):
 
     def combined(self, layer: Layer) -> Tensor:
         return (layer.gradient.relu() * layer.activation).sum(1, keepdim=True)
+
+
+@register("score_cam")
+@dataclass(frozen=True)
+class ScoreCam(Cam):
+    """Feature maps weighted by the score of the image seen through each of them: a Grad-CAM without gradients.
+
+    L = ReLU(sum_k w_k A_k), w the softmax over channels of F(x * A_k), A_k enlarged and stretched to [0, 1];
+    arXiv:1910.01279, equations 6 to 8. Where a layer has more than `samples` channels, those that vary most count.
+    """
+
+    samples: int = 256
+
+    def evaluations(self, classifier: Classifier) -> int:
+        return 1 + min(self.samples, classifier.spatial_layers[classifier.grid_layer(self.layer)].channels)
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        found: list[Layer] = []
+        yield [layer_row(case, self.layer, found)]
+        activation = found[0].activation[0]
+        chosen = activation.flatten(1).var(1).topk(min(self.samples, len(activation))).indices.sort().values
+        features = activation[chosen]
+        scores: list[float] = []
+
+        def seen_through(channel: int) -> Tensor:
+            mask = enlarged(features[None, channel : channel + 1], case.input)
+            return case.input * (mask - mask.min()) / (mask.max() - mask.min()).clamp(min=1e-8)
+
+        yield [case.rows(len(features), stacked(seen_through), scores_into(scores), gradient=False)]
+        weights = features.new_tensor(scores).softmax(0)
+        cam = torch.tensordot(weights, features, 1)[None, None]
+        return Attribution(enlarged(cam.relu(), case.input))
 
 
 def layer_row(case: Case, layer: str, found: list[Layer]) -> Rows:

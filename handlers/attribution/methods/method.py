@@ -8,6 +8,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution.classifier import Classifier
@@ -34,6 +35,10 @@ class Draw(IntEnum):
     NOISE = 0
     BASELINE = 1
     PATH = 2
+    COALITION = 3
+    MASK = 4
+    PERTURBATION = 5
+    ORDER = 6
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Method:
     """A technique of attribution; its dataclass fields are the parameters that a client may choose."""
 
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
+    explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax
     adaptive: ClassVar[bool] = False  # True: it decides within `case.budget` how many rows it takes
 
     def evaluations(self, classifier: Classifier) -> int:
@@ -113,3 +119,9 @@ def stacked(make: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
 def scores_into(kept: list[float]) -> Callable[[int, Evaluation], None]:
     """Return a consumer that keeps the rows' scores in order."""
     return lambda _start, evaluation: kept.extend(evaluation.scores.tolist())
+
+
+def pixels_of(case: Case) -> NDArray[np.float64]:
+    """Return the case's image [H, W, channels] with values in [0, 1], as segmentations want it."""
+    pixels = case.classifier.normalization.inverse(case.input).clamp(0, 1)
+    return pixels.movedim(0, -1).double().cpu().numpy()

@@ -4,7 +4,6 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isnan
 
 import numpy as np
 import torch
@@ -12,18 +11,12 @@ from torch import Tensor
 
 from attribution.classifier import Classifier
 from attribution.methods.baselines import Baseline
+from attribution.methods.completeness import completeness_error, known_error
 from attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
 from attribution.rows import Asking, Evaluation, Rows
 
 FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
-ROUNDING = 1e-4  # of a score: as far as the sum of a float32 map can be trusted
-
-
-def completeness_error(total: float, score: float, baseline_score: float) -> float:
-    """Return |sum of the map - (score - baseline score)| / |score - baseline score|, finite also where the two are equal."""
-    difference = score - baseline_score
-    return abs(total - difference) / max(abs(difference), ROUNDING * max(abs(score), abs(baseline_score)), 1e-12)
 
 
 @register("integrated_gradients")
@@ -78,7 +71,7 @@ class _Path:
         baseline_row = self._case.rows(1, self._points(nodes.new_zeros(1)), scores_into(ends), gradient=False)
         yield [self._case.rows(steps, self._points(nodes), add), baseline_row]
         attribution = self._step * total
-        return Attribution(attribution, ends[0], _known_error(attribution, self._case, ends[0]))
+        return Attribution(attribution, ends[0], known_error(attribution, self._case, ends[0]))
 
     def bisected(self, max_error: float) -> Asking[Attribution]:
         """Refine the intervals that err most; completeness holds on each, so each tells its own error."""
@@ -193,11 +186,4 @@ class GradientShap(Method):
             case.rows(self._baselines(), stacked(baseline), scores_into(ends), gradient=False),
         ]
         baseline_score = sum(ends) / len(ends)
-        return Attribution(total, baseline_score, _known_error(total, case, baseline_score))
-
-
-def _known_error(attribution: Tensor, case: Case, baseline_score: float) -> float | None:
-    """Return the completeness error; a noisy copy's own score is unknown, and its completeness nobody's concern."""
-    if isnan(case.known_score):
-        return None
-    return completeness_error(float(attribution.sum()), case.known_score, baseline_score)
+        return Attribution(total, baseline_score, known_error(total, case, baseline_score))

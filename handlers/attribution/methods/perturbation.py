@@ -5,12 +5,14 @@ from math import ceil
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from attribution.classifier import Classifier
 from attribution.methods.baselines import Baseline
-from attribution.methods.method import Attribution, Case, Method, register, scores_into, stacked
+from attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
 from attribution.rows import Asking, Evaluation
 
+CELLS = 7  # across a random mask
 WINDOWS = 8  # side by side across the image; each is moved by half its side
 
 
@@ -62,3 +64,49 @@ def _slices(length: int) -> list[slice]:
     side = ceil(length / WINDOWS)
     starts = [round(place * (length - side) / (2 * WINDOWS - 2)) for place in range(2 * WINDOWS - 1)]
     return [slice(start, start + side) for start in starts]
+
+
+@register("rise")
+@dataclass(frozen=True)
+class Rise(Method):
+    """How much higher the score is, on average over random masks, where a pixel is shown.
+
+    map[p] = sum_i M_i(p) F(x under M_i) / sum_i M_i(p) - mean_i F(x under M_i), signed; M_i is 7 x 7 random cells, half of
+    them shown, enlarged and shifted; arXiv:1806.07421, equation 6, by each pixel's own sum, less the mean score.
+    """
+
+    baseline: Baseline = Baseline.BLACK
+    samples: int = 300
+
+    def evaluations(self, classifier: Classifier) -> int:
+        return self.samples
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        hidden = self.baseline.image(case)
+        shown, score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
+        scores: list[float] = []
+
+        def masked(number: int) -> Tensor:
+            return torch.lerp(hidden, case.input, random_mask(case, number))
+
+        def add(start: int, evaluation: Evaluation) -> None:
+            for number, score in enumerate(evaluation.scores.tolist(), start):
+                mask = random_mask(case, number)
+                shown.add_(mask)
+                score_shown.add_(mask, alpha=score)
+                scores.append(score)
+
+        yield [case.rows(self.samples, stacked(masked), add, gradient=False)]
+        mean = sum(scores) / len(scores)
+        return Attribution((score_shown / shown.clamp(min=1e-6) - mean) * (shown > 0))
+
+
+def random_mask(case: Case, number: int) -> Tensor:
+    """Return mask `number` [1, H, W] with values from 0 (hidden) to 1."""
+    draw = case.draw(Draw.MASK, number)
+    cells = torch.from_numpy(draw.random((1, 1, CELLS + 1, CELLS + 1)) < 0.5).to(case.input)
+    height, width = case.input.shape[-2:]
+    down, right = ceil(height / CELLS), ceil(width / CELLS)  # a cell's size
+    large = interpolate(cells, size=((CELLS + 1) * down, (CELLS + 1) * right), mode="bilinear", align_corners=False)
+    top, left = int(draw.integers(down)), int(draw.integers(right))
+    return large[0, :, top : top + height, left : left + width]

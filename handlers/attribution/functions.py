@@ -1,0 +1,131 @@
+"""Torch's functions as a model calls them: seen, replaced, and the operations that they are made of."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attribution.errors import Unsupported
+
+# Functions of one tensor that work on each value by itself.
+ACTIVATIONS = {
+    *("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish", "softplus"),
+    *("sigmoid", "hardsigmoid", "hardswish", "tanh", "clamp"),
+}
+# What autograd calls them, and what it calls the operations that are linear in all that they join.
+ACTIVATION_NODES = {
+    *("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "Elu", "Silu", "Gelu", "Mish", "Softplus"),
+    *("Sigmoid", "Hardsigmoid", "Hardswish", "Tanh", "Clamp", "ClampMin", "ClampMax"),
+}
+LINEAR_NODES = {
+    *("Convolution", "Addmm", "Mm", "Linear", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "Mean", "Sum"),
+    *("AvgPool2D", "AdaptiveAvgPool2D", "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Add of two", "Cat", "Stack", "T"),
+    *("View", "UnsafeView", "ReshapeAlias", "AsStrided", "Permute", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Clone"),
+    *("Alias", "Slice", "Select", "Split", "SplitWithSizes", "Chunk", "Unbind", "ConstantPadNd", "Roll", "ToCopy"),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function by its plain `name`; `inputs` are its tensors that depend on the image, as they were before it."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the function changes its first argument."""
+        return self.function.__name__.endswith("_") or bool(self.kwargs.get("inplace"))
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among the first two arguments that a gradient goes back to."""
+        return [value for value in self.args[:2] if isinstance(value, Tensor) and value.requires_grad]
+
+    def run(self, first: Tensor) -> Tensor:
+        """Call the function with another first argument, which is left as it is."""
+        output: Tensor = self.function(first.clone() if self.in_place else first, *self.args[1:], **self.kwargs)
+        return output
+
+    def value(self) -> Tensor:
+        """Return the function's result without a gradient, its arguments left as they are."""
+        with torch.no_grad():
+            return self.run(self.args[0])
+
+    def plain(self) -> Any:
+        """Call the function as the model does."""
+        return self.function(*self.args, **self.kwargs)
+
+
+class _Replacing(TorchFunctionMode):
+    """Hands the calls of functions to their replacements while it is active."""
+
+    def __init__(self, replacements: Mapping[str, Callable[[Call], Any]]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(getattr(func, "__name__", "").rstrip("_"), func, args, kwargs or {})
+        replacement = self._replacements.get(call.name)
+        if replacement is not None and any(isinstance(v, Tensor) and v.requires_grad for v in call.kwargs.values()):
+            raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")
+        if replacement is None or not call.inputs:
+            return call.plain()
+        if not call.in_place:
+            return replacement(call)
+        # What depends on the function's work in place finds the replacement's result there.
+        return args[0].copy_(replacement(replace(call, args=(args[0].clone(), *args[1:]))))
+
+
+def replacing(model: nn.Module, replacements: Callable[[], Mapping[str, Callable[[Call], Any]]]) -> nn.Module:
+    """Return a model of the same modules whose functions are replaced; `replacements` are made anew for each pass.
+
+    A function is found whatever form it has: a module, one used several times, in place, or called as a function.
+    """
+    changed = copy.copy(model)
+    changed.forward = partial(_forward, model, replacements)
+    return changed
+
+
+def _forward(model: nn.Module, replacements: Callable[[], Mapping[str, Callable[[Call], Any]]], x: Tensor) -> Any:
+    with _Replacing(replacements()):
+        return model(x)
+
+
+def surrogate(value: Tensor, linear: Tensor) -> Tensor:
+    """Return `value` with the gradient of `linear`."""
+    return value.detach() + (linear - linear.detach())
+
+
+def operations(model: nn.Module, example: Tensor) -> set[str]:
+    """Return the names of the operations between an image and the logits, as autograd has them.
+
+    One that joins two tensors which both depend on the image is an 'Add of two', a 'Mul of two' and so on.
+    """
+    with torch.enable_grad():
+        output: Tensor = model(example.detach().requires_grad_().clone())
+    return set(_names(output.grad_fn))
+
+
+def _names(last: Any) -> Iterator[str]:
+    seen: set[Any] = set()
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        before = [one for one, _ in node.next_functions if one is not None]
+        waiting += before
+        if before:
+            name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+            joins = len(before) > 1 and name not in ("Cat", "Stack")
+            divides = name == "Div" and node.next_functions[0][0] is None
+            yield f"{name} of two" if joins else f"{name} by the image" if divides else name

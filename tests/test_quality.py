@@ -1,0 +1,173 @@
+"""The qualities against Captum under the same draws, closed forms and naive replicas."""
+
+import numpy as np
+import pytest
+import torch
+from captum.metrics import infidelity, sensitivity_max
+from conftest import NORMALIZATION, SIZE
+from torch import nn
+
+from attribution.classifier import Classifier
+from attribution.engine import Engine
+from attribution.errors import AttributionError
+from attribution.job import Job
+from attribution.methods import METHODS, Attribution, Case, Smoothing
+from attribution.methods.baselines import Baseline
+from attribution.methods.cam import GradCam
+from attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
+from attribution.methods.noise import Kind
+from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.quality import QUALITIES, Deletion, Infidelity, Insertion, MaxSensitivity, Measurement
+
+TARGET = 1
+
+
+def case_of(classifier, image, **options):
+    return Case(classifier, image, TARGET, known_score=float(classifier.logits(image[None])[0, TARGET]), **options)
+
+
+def measured(quality, job, attribution=None, pack=16):
+    engine = Engine(job.case.classifier, pack)
+    if attribution is None:
+        attribution = engine.run([job])[0].result
+    (outcome,) = engine.run([Measurement(quality, job, attribution)])
+    assert not isinstance(outcome, AttributionError), outcome
+    return outcome
+
+
+@pytest.mark.parametrize("method", [Saliency(), InputXGradient(), IntegratedGradients(steps=6)])
+def test_max_sensitivity_is_captums_with_the_same_draws(classifier, image, method):
+    quality, case = MaxSensitivity(radius=0.1, samples=6), case_of(classifier, image, seed=3)
+    copies = torch.stack([quality.perturbed(case, k).input for k in range(6)])
+
+    def explain(inputs):
+        maps = [Engine(classifier, 4).run([Job(method, case_of(classifier, one))])[0].result.map for one in inputs[0]]
+        return (torch.stack(maps),)
+
+    expected = sensitivity_max(
+        explain, image[None], perturb_func=lambda *_: (copies,), n_perturb_samples=6, max_examples_per_batch=100
+    )
+    found = measured(quality, Job(method, case))
+    assert found.result.value == pytest.approx(float(expected), rel=1e-9)
+    assert found.evaluations == 6 * method.evaluations(classifier)
+
+
+def test_perturbations_fill_the_ball(classifier, image):
+    quality, case = MaxSensitivity(radius=0.3), case_of(classifier, image)
+    moves = torch.stack([quality.perturbed(case, k).input - image for k in range(40)])
+    assert 0.29 < float(moves.abs().max()) <= 0.3
+    assert float(moves.std()) == pytest.approx(0.3 / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("method", [InputXGradient(), IntegratedGradients(steps=6), Saliency()])
+def test_infidelity_is_captums_with_the_same_draws(classifier, image, method):
+    quality, case = Infidelity(samples=30), case_of(classifier, image, seed=5)
+    attribution = Engine(classifier, 8).run([Job(method, case)])[0].result
+    black = Baseline.BLACK.image(case)
+    squares = torch.stack([quality.square(case, k) for k in range(30)])
+    draws = squares * (image - black)
+
+    def perturb(inputs):
+        return draws, inputs - draws
+
+    options = {"target": TARGET, "n_perturb_samples": 30, "normalize": True}
+    expected = infidelity(classifier.logits, perturb, image[None], attribution.map[None], **options)
+    found = measured(quality, Job(method, case), attribution)
+    assert found.result.value == pytest.approx(float(expected), rel=1e-6)
+    assert found.evaluations == 30
+
+
+def test_what_a_linear_model_hides_is_foretold_exactly(linear, linear_classifier, image):
+    """The unit of the map does not matter, nor that it has one channel for all."""
+    case = case_of(linear_classifier, image)
+    exact = linear.weight(TARGET) * (image - Baseline.BLACK.image(case))
+    job = Job(InputXGradient(), case)
+    assert measured(Infidelity(), job, Attribution(7 * linear.weight(TARGET))).result.value == pytest.approx(0, abs=1e-12)
+    assert measured(Infidelity(), job, Attribution(exact)).result.value > 1e-3
+
+
+class Bright(nn.Module):
+    """The target's logit grows with the pixels of the left half."""
+
+    def forward(self, x):
+        return torch.stack([torch.zeros(len(x), dtype=x.dtype), 10 * x[:, :, :, :8].mean((1, 2, 3))], 1)
+
+
+@pytest.fixture
+def bright():
+    classifier = Classifier(Bright(), NORMALIZATION, SIZE)
+    return case_of(classifier, NORMALIZATION(torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))))
+
+
+def half(left):
+    right_map = torch.zeros(1, *SIZE)
+    right_map[..., :8] = 1.0 if left else -1.0
+    return Attribution(right_map)
+
+
+def test_curves_tell_a_right_map_from_a_wrong_one(bright):
+    job = Job(Sensitivity(), bright)
+    right, wrong = (measured(Deletion(), job, half(left)).result for left in (True, False))
+    assert right.value < wrong.value
+    assert right.curve[0] == pytest.approx(wrong.curve[0]) and right.curve[-1] == pytest.approx(wrong.curve[-1])
+    assert right.curve[25] == pytest.approx(right.curve[-1])  # nothing counts in the other half
+    assert wrong.curve[25] == pytest.approx(wrong.curve[0])
+    right, wrong = (measured(Insertion(), job, half(left)).result for left in (True, False))
+    assert right.curve[25] == pytest.approx(right.curve[-1]) and wrong.curve[25] == pytest.approx(wrong.curve[0])
+
+
+@pytest.mark.parametrize("quality", [Deletion(steps=8), Insertion(steps=8)])
+def test_a_curve_is_its_naive_replica(classifier, image, quality):
+    case = case_of(classifier, image)
+    job = Job(InputXGradient(), case)
+    attribution = Engine(classifier, 4).run([job])[0].result
+    order = attribution.map.sum(0).flatten().argsort(descending=True)  # no two values are equal
+    pixels, other = image.flatten(1).clone(), quality.baseline.image(case).flatten(1)
+    first, last = (pixels, other) if isinstance(quality, Deletion) else (other, pixels)
+    expected = []
+    for step in range(9):
+        x = first.clone()
+        chosen = order[: step * order.numel() // 8]
+        x[:, chosen] = last[:, chosen]
+        expected.append(float(classifier.logits(x.view(1, *image.shape)).softmax(1)[0, TARGET]))
+    found = measured(quality, job, attribution)
+    assert found.result.curve == pytest.approx(expected)
+    assert found.result.value == pytest.approx(np.trapezoid(expected, dx=1 / 8)) and found.evaluations == 9
+
+
+def test_equal_values_come_in_random_order_and_the_same_for_the_same_seed(classifier, image):
+    ranks = [Deletion().rank(case_of(classifier, image, seed=s), Attribution(torch.zeros(1, *SIZE))) for s in (0, 0, 1)]
+    assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
+    assert sorted(ranks[0].flatten().tolist()) == list(range(256))
+    assert abs(float(ranks[0][:8].double().mean()) - 127.5) < 30  # no corner goes first
+
+
+@pytest.mark.parametrize("name", QUALITIES)
+@pytest.mark.parametrize("method", [pytest.param(method, id=name) for name, method in METHODS.items()])
+def test_every_method_has_every_quality(classifier, image, method, name):
+    small = {"samples": 4} if "samples" in method.__dataclass_fields__ else {}
+    job, quality = Job(method(**small), case_of(classifier, image, budget=17)), QUALITIES[name]()
+    if name == "max_sensitivity" and job.evaluations > 100:
+        quality = MaxSensitivity(samples=1)
+    found = measured(quality, job)
+    assert np.isfinite(found.result.value) and found.result.value >= 0
+    planned = Measurement(quality, job, None).evaluations
+    assert found.evaluations >= planned if method().adaptive else found.evaluations == planned
+
+
+def test_the_pack_does_not_matter(classifier, image):
+    job = Job(GradientShap(samples=3, stdev=0.1), case_of(classifier, image), Smoothing(Kind.VARGRAD, 3, 0.1))
+    for quality in (MaxSensitivity(), Infidelity(), Deletion(), Insertion()):
+        values = [measured(quality, job, pack=pack).result.value for pack in (1, 5, 64)]
+        assert values == pytest.approx([values[0]] * 3, rel=1e-9)
+
+
+def test_a_map_of_zeros_has_qualities_too(classifier, image):
+    job = Job(GradCam(), case_of(classifier, image))
+    for quality in (Infidelity(), Deletion(), Insertion()):
+        assert np.isfinite(measured(quality, job, Attribution(torch.zeros(1, *SIZE))).result.value)
+
+
+def test_settings_are_told():
+    assert MaxSensitivity().settings() == {"radius": 0.02, "samples": 10, "norm": "fro"}
+    assert Infidelity().settings()["perturbation"] == "square"
