@@ -37,7 +37,7 @@ function unexplained(status) {
 }
 
 function askForKey() {
-  find("#key-row").hidden = false;
+  find("#key-form").hidden = false;
   find("#key").focus();
   return key ? "The server refuses this inference key; it may have expired." : "This server asks for an inference key.";
 }
@@ -145,12 +145,14 @@ function showProgress(count) {
   const seconds = () => { find("#elapsed").textContent = `${current} · ${((performance.now() - start) / 1000).toFixed(1)} s`; };
   const timer = setInterval(seconds, 100);
   const show = (on) => {
-    find("#cancel").hidden = find("#progress").hidden = !on;
+    find("#progress").hidden = !on;
     find("#explain").setAttribute("aria-disabled", on); // not disabled, which would take the focus away
   };
   show(true);
   find("#cards").replaceChildren();
-  find("#results").hidden = false;
+  const results = find("#results");
+  results.hidden = false;
+  if (results.getBoundingClientRect().top > 0.6 * innerHeight) results.scrollIntoView();
   const began = (done, method) => {
     Object.assign(find("progress"), { max: count, value: done });
     current = `${done + 1} of ${count}: ${words(method.name)}`;
@@ -190,9 +192,8 @@ function listen() {
   on(form, "input", () => { updateFields(); showTarget(); });
   on(form, "submit", (event) => { event.preventDefault(); explain(); });
   on(find("#cancel"), "click", () => running?.abort());
-  on(find("#use-key"), "click", useKey);
+  on(find("#key-form"), "submit", (event) => { event.preventDefault(); useKey(); });
   on(find("#key"), "input", (event) => { key = event.target.value.trim(); });
-  on(find("#key"), "keydown", (event) => { if (event.key === "Enter") useKey(); });
   on(find("#opacity"), "input", showOpacity);
 }
 

@@ -7,6 +7,8 @@ const LISTED = 5000; // suggestions that a browser still lists quickly
 const OWN = new Set(["method", "output", "values"]); // the page chooses these itself
 
 const words = (name) => name.replaceAll("_", " ");
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+const title = (name) => sentence(words(name));
 const told = (value) => (Array.isArray(value) ? value.join(", ") : String(value ?? ""));
 
 function make(tag, properties = {}, ...children) {
@@ -22,11 +24,11 @@ function described(element, ...texts) {
 
 // One method to choose, or one that cannot serve this model with the reason.
 function methodOption(name, text, options) {
-  const title = make("b", { id: `method-${name}`, textContent: words(name) });
+  const heading = make("b", { id: `method-${name}`, textContent: title(name) });
   const about = make("small", { id: `about-${name}`, textContent: text });
   const box = described(make("input", { type: "checkbox", name: "method", value: name, ...options }), about);
-  box.setAttribute("aria-labelledby", title.id);
-  return make("label", { className: "option" }, box, title, about);
+  box.setAttribute("aria-labelledby", heading.id);
+  return make("label", { className: "option" }, box, heading, about);
 }
 
 function buildMethods() {
@@ -73,7 +75,7 @@ function choices(name, parameter) {
     const checked = (parameter.default ?? []).includes(value);
     return make("label", { className: "choice" }, make("input", { type: "checkbox", name, value, checked }), words(value));
   });
-  return make("fieldset", {}, make("legend", { textContent: words(name) }), ...boxes);
+  return make("fieldset", {}, make("legend", { textContent: title(name) }), ...boxes);
 }
 
 const CONTROLS = { choice, flag: choice, choices, number, whole: number, text };
@@ -82,7 +84,7 @@ function fieldRow(name, parameter) {
   const id = `field-${name}`;
   const hint = make("small", { id: `${id}-hint`, textContent: parameter.description });
   const control = described((CONTROLS[parameter.kind] ?? text)(name, parameter, id), hint);
-  const label = parameter.kind === "choices" ? [] : [make("label", { htmlFor: id, textContent: words(name) })];
+  const label = parameter.kind === "choices" ? [] : [make("label", { htmlFor: id, textContent: title(name) })];
   const row = make("div", { className: "field" }, ...label, control, hint);
   row.dataset.parameter = name;
   return row;

@@ -2,7 +2,6 @@
 
 const percent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.001 || fraction > 0.999 ? 2 : 1)} %`;
 const short = (value) => String(Number(value.toPrecision(3)));
-const sentence = (text) => text[0].toUpperCase() + text.slice(1);
 const png = (base64) => `data:image/png;base64,${base64}`;
 
 // What the colours of a map say, in one sentence.
@@ -11,24 +10,24 @@ function meaning({ heatmap, target }) {
   if (from < 0) {
     const [up, down] = colormap.split("_");
     const [raised, lowered] = down ? [up, down] : ["The right end's colour", "the left end's"];
-    return `${sentence(raised)} raised the score of “${target.label}”, ${lowered} lowered it; what is pale hardly mattered.`;
+    return `${sentence(raised)} raised the score of “${target.label}”, ${lowered} lowered it; what stays grey hardly mattered.`;
   }
   if (heatmap.minimum < 0) return `The brighter, the more a place raised the score of “${target.label}”; what lowered it is not shown.`;
   return `The brighter, the more the score of “${target.label}” depends on that place.`;
 }
 
 function completeness({ completeness_error: error, baseline_score: baseline, target, parameters }) {
-  const sum = `The map adds up to the score's way from ${short(baseline)} (${parameters.baseline ?? "baseline"}) to ${short(target.score)}`;
-  const verdict = error > parameters.max_error ? ": more than asked for, the archive's budget ended" : "";
-  return `${sum}, except for ${percent(error)}${verdict}.`;
+  const from = `${short(baseline)} (${parameters.baseline ?? "baseline"})`;
+  const verdict = error > parameters.max_error ? ", more than asked for: the archive's budget ended" : "";
+  return `The map adds up to the score's change from ${from} to ${short(target.score)}, with an error of ${percent(error)}${verdict}.`;
 }
 
 function facts(explanation) {
   const { target, parameters, evaluations, milliseconds, quality } = explanation;
   const rows = [["Explained", `${target.label}, ${percent(target.probability)}; score ${short(target.score)}`]];
-  if (explanation.completeness_error != null) rows.push(["Complete", completeness(explanation)]);
+  if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
   for (const [name, value] of Object.entries(quality ?? {})) {
-    rows.push([sentence(words(name)), typeof value === "number" ? short(value) : told(value)]);
+    rows.push([title(name), typeof value === "number" ? short(value) : told(value)]);
   }
   rows.push(["Cost", `${evaluations} model ${evaluations === 1 ? "pass" : "passes"}, ${(milliseconds / 1000).toFixed(2)} s`]);
   const settings = Object.entries(parameters).map(([name, value]) => `${words(name)} ${told(value)}`);
@@ -105,7 +104,7 @@ function mapCard(answer, explanation, photo, command) {
   const card = find("#card").content.cloneNode(true).firstElementChild;
   const { method, target, heatmap } = explanation;
   const layer = explanation.parameters.layer ? `, ${explanation.parameters.layer}` : "";
-  find("h3", card).textContent = `${sentence(words(method))}: ${target.label}${layer}`;
+  find("h3", card).textContent = `${title(method)}: ${target.label}${layer}`;
   find(".about", card).textContent = report.methods.find((known) => known.name === method)?.description ?? "";
   drawStack(find(".stack", card), explanation, photo, answer.image.crop);
   drawScale(find(".scale", card), heatmap.scale);
@@ -119,7 +118,7 @@ function mapCard(answer, explanation, photo, command) {
 
 function failureCard(method, message) {
   const card = find("#failure").content.cloneNode(true).firstElementChild;
-  find("h3", card).textContent = sentence(words(method));
+  find("h3", card).textContent = title(method);
   find(".error", card).textContent = message;
   return card;
 }
