@@ -1,209 +1,36 @@
-"""The page that a browser gets: what it is built from, and what a person can do with it in a real one."""
+"""The page as a person meets it, in a real browser against a live server."""
 
 import base64
-import hashlib
-import html
+import io
 import json
 import re
 import shlex
-import shutil
 import subprocess
 
 import httpx
 import pytest
-from conftest import NORMALIZATION, SIZE, small_cnn
-from live import SMALL_LABELS, build_small, picture, served
+from browser import (
+    PATH,
+    PHOTO,
+    chromium,
+    choose,
+    explain,
+    give,
+    heat_of,
+    hidden,
+    luminance,
+    open_settings,
+    opened,
+    server,
+    tab_to,
+    wait_for_text,
+)
+from live import SMALL_LABELS
+from PIL import Image
 
-from attribution.classifier import Classifier
-from attribution.methods import METHODS
-from serving.page import sample, try_it_page
-from serving.parameters import Labels, Parameters
-from serving.planning import Planner
-from serving.settings import Explanations
+from serving.page import try_it_page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-PHOTO = {"name": 'it\'s a "photo"; mine.jpg', "mimeType": "image/jpeg", "buffer": picture()}
-PATH = "/explanations/small"
-
-
-def report(defaults=None, classifier=None):
-    classifier = classifier or Classifier(small_cnn(), NORMALIZATION, SIZE)
-    labels = Labels([f"class {index}" for index in range(classifier.classes)])
-    return Planner(classifier, labels, Explanations(defaults=defaults or {})).report({"name": "small", "version": "1.0"})
-
-
-# The report
-
-
-def test_the_report_tells_every_method_with_what_it_takes():
-    told = {method["name"]: method for method in report()["methods"]}
-    assert list(told) == list(METHODS)
-    assert told["integrated_gradients"]["parameters"] == ["baseline", "max_error", "steps"]
-    assert told["integrated_gradients"]["defaults"] == {"baseline": "black", "max_error": 0.05}
-    assert told["saliency"]["parameters"] == []
-    for name, method in told.items():
-        assert method["description"].endswith(".") and "\n" not in method["description"]
-        assert " ".join((METHODS[name].__doc__ or "").split()).startswith(method["description"])
-
-
-def test_the_report_tells_every_parameter_with_what_is_allowed():
-    told = report()["parameters"]
-    assert list(told) == list(Parameters.model_fields)
-    assert all(told[name]["description"] == field.description for name, field in Parameters.model_fields.items())
-    assert told["baseline"]["kind"] == "choice" and told["baseline"]["allowed"] == ["black", "white", "mean", "blur", "noise"]
-    assert told["colormap"]["allowed"] == list(report()["colormaps"])
-    assert told["output"]["allowed"] == ["json", "png", "npy", "html"]
-    kinds = {"max_error": "number", "seed": "whole", "values": "flag", "target": "text", "layer": "text"}
-    assert {name: told[name]["kind"] for name in kinds} == kinds
-    assert told["max_error"].items() >= {"minimum": 0, "exclusive_minimum": True, "maximum": 1}.items()
-    general = {name for name, parameter in told.items() if parameter["general"]}
-    assert {"target", "score", "seed", "smoothing", "colormap", "overlay", "clip"} <= general
-    assert not {"baseline", "layer", "gamma", "samples", "stdev"} & general
-    assert [name for name, parameter in told.items() if parameter.get("with") == "smoothing"] == ["samples", "stdev"]
-
-
-def test_a_list_of_an_enumeration_is_told_as_choices():
-    from enum import StrEnum
-
-    from pydantic.fields import FieldInfo
-
-    from serving.capabilities import _range
-
-    kind = StrEnum("Quality", ["infidelity", "deletion"])
-    expected = {"kind": "choices", "allowed": ["infidelity", "deletion"]}
-    assert _range(FieldInfo(annotation=tuple[kind, ...])) == _range(FieldInfo(annotation=tuple[kind, ...] | None)) == expected
-
-
-def test_the_report_holds_the_archives_defaults_layers_labels_and_colours():
-    told = report({"method": "grad_cam", "clip": 90})
-    assert told["parameters"]["method"]["default"] == ["grad_cam"] and told["parameters"]["clip"]["default"] == 90
-    assert told["layers"] == ["stem", "depthwise", "relu", "reduce"]
-    assert told["labels"] == [f"class {index}" for index in range(5)]
-    assert told["colormaps"]["gray"][0] == "#000000" and told["colormaps"]["gray"][-1] == "#ffffff"
-    assert all(
-        len(stops) == 16 and all(re.fullmatch("#[0-9a-f]{6}", stop) for stop in stops) for stops in told["colormaps"].values()
-    )
-    json.dumps(told, allow_nan=False)
-
-
-# The document
-
-
-def page_text(told=None, keyed=False):
-    return try_it_page(told or report(), keyed).body.decode()
-
-
-def test_the_policy_allows_the_very_script_and_the_very_style():
-    text = page_text()
-    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1])
-    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
-    for element, directive in (("style", "style-src"), ('script type="module"', "script-src")):
-        content = re.search(f"<{element}>(.*?)</{element.split()[0]}>", text, re.DOTALL)[1]
-        assert directives[directive] == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-    assert directives["default-src"] == "'none'" and directives["connect-src"] == "'self'"
-    assert directives["img-src"] == "data: blob:" and directives["form-action"] == "'self'"
-    assert "unsafe" not in policy
-
-
-def test_the_page_is_self_contained():
-    text = page_text()
-    assert not re.search(r"https?://|//[a-z]+\.[a-z]", re.sub(r"base64,[\w+/=]+", "", text))
-    assert not re.search(r"\son\w+=|\sstyle=", text)
-    assert len(text) < 120_000 and 1000 < len(base64.b64decode(sample())) < 30_000
-
-
-def test_a_label_cannot_leave_its_place():
-    told = report() | {"labels": ["</script><script>alert(1)</script>", "<!--"]}
-    text = page_text(told)
-    assert text.count("<script") == page_text().count("<script") and "<!--" not in text
-    inside = re.search(r'<script id="report" type="application/json">(.*?)</script>', text, re.DOTALL)[1]
-    assert json.loads(inside)["labels"] == told["labels"]
-
-
-# The browser
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine (Debian's package is 'chromium')")
-    store = tmp_path_factory.mktemp("store")
-    build_small(tmp_path_factory.mktemp("small"), store)
-    with served(["small"], store, tmp_path_factory.mktemp("run")) as running:
-        yield running.inference
-
-
-@pytest.fixture(scope="module")
-def chromium(server):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(server, chromium):
-    """Open the page with options of the browser's context; nothing may be complained about on its console."""
-    contexts, complaints = [], []
-
-    def open_page(route=None, **options):
-        context = chromium.new_context(base_url=server, **options)
-        contexts.append(context)
-        context.set_default_timeout(60_000)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        if route:
-            route(page)
-        page.goto(PATH)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    # An answer above 399 is told on the console too; the page tells it to the person.
-    assert [text for text in complaints if not text.startswith("Failed to load resource: the server responded")] == []
-
-
-def wait_for_text(page, selector, pattern):
-    """Wait as a person does; the page's policy lets no test evaluate a condition inside it again and again."""
-    from playwright.sync_api import expect
-
-    expect(page.locator(selector)).to_have_text(re.compile(pattern), timeout=60_000)
-
-
-def give(page, photo=PHOTO):
-    page.set_input_files("#file", photo)
-    page.wait_for_selector(".bars li")
-
-
-def choose(page, *methods):
-    for box in page.query_selector_all("input[name=method]:checked"):
-        box.uncheck()
-    for method in methods:
-        page.check(f"input[value={method}]")
-
-
-def explain(page, *methods):
-    choose(page, *methods)
-    page.click("#explain")
-    wait_for_text(page, "#status", "^Finished")
-
-
-def heat_of(page):
-    return [element.get_attribute("src").split(",")[1] for element in page.query_selector_all(".heat")]
-
-
-def hidden(page, parameter):
-    return page.is_hidden(f"[data-parameter={parameter}]")
-
-
-def open_settings(page):
-    page.click("summary")
+__all__ = ["chromium", "opened", "server"]  # fixtures
 
 
 def test_a_program_gets_the_report_and_a_browser_the_page(server):
@@ -250,18 +77,12 @@ def test_the_seen_part_of_the_photo_lies_under_the_map(server, opened):
     seen = page.evaluate("document.querySelector('canvas').toDataURL('image/png')").split(",")[1]
     drawn = pixels(base64.b64decode(seen))
     left, top, right, bottom = httpx.post(server + PATH, files={"data": PHOTO["buffer"]}).json()["image"]["crop"]
-    from PIL import Image
-
     expected = pixels(PHOTO["buffer"]).crop((left, top, right, bottom)).resize(drawn.size, Image.Resampling.BILINEAR)
     difference = [abs(a - b) for a, b in zip(drawn.tobytes(), expected.tobytes(), strict=True)]
     assert sum(difference) / len(difference) < 3
 
 
 def pixels(data):
-    import io
-
-    from PIL import Image
-
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
@@ -454,18 +275,6 @@ def test_photos_are_dropped_and_pasted(opened):
         page.wait_for_selector(".bars li")
 
 
-def tab_to(page, selector):
-    for _ in range(80):
-        page.keyboard.press("Tab")
-        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
-            outline = page.evaluate(
-                "getComputedStyle(document.activeElement.closest('.drop') ?? document.activeElement).outlineStyle"
-            )
-            assert outline != "none"
-            return
-    raise AssertionError(f"no tab leads to {selector}")
-
-
 def test_the_keyboard_is_enough(opened):
     page = opened()
     tab_to(page, "#file")
@@ -510,12 +319,6 @@ def test_a_narrow_screen_does_not_scroll_sideways(opened):
     open_settings(page)
     explain(page, "grad_cam", "integrated_gradients")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-
-
-def luminance(colour):
-    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -142,7 +142,9 @@ async function explainOne(method, signal) {
 function showProgress(count) {
   const start = performance.now();
   let current = "";
-  const seconds = () => { find("#elapsed").textContent = `${current} · ${((performance.now() - start) / 1000).toFixed(1)} s`; };
+  const seconds = () => {
+    find("#elapsed").textContent = `${current} · ${((performance.now() - start) / 1000).toFixed(1)} s`;
+  };
   const timer = setInterval(seconds, 100);
   const show = (on) => {
     find("#progress").hidden = !on;

@@ -132,8 +132,8 @@ function updateFields() {
     for (const control of row.querySelectorAll("input, select")) control.disabled = row.hidden;
     const defaults = report.parameters[name].default ?? methods.map((m) => m.defaults[name]).filter((v) => v !== undefined);
     const usual = [...new Set([defaults].flat())].map(told).join(" or ");
-    const select = find("select", row);
-    if (select) select.options[0].textContent = usual ? `${words(usual)} (default)` : "default";
-    else if (find("input", row).type !== "checkbox") find("input", row).placeholder = name === "target" ? usual || "the predicted class" : usual;
+    const control = find("select, input", row);
+    if (control.options) control.options[0].textContent = usual ? `${words(usual)} (default)` : "default";
+    else if (control.type !== "checkbox") control.placeholder = usual || (name === "target" ? "the predicted class" : "");
   }
 }

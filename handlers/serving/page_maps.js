@@ -12,8 +12,9 @@ function meaning({ heatmap, target }) {
     const [raised, lowered] = down ? [up, down] : ["The right end's colour", "the left end's"];
     return `${sentence(raised)} raised the score of “${target.label}”, ${lowered} lowered it; what stays grey hardly mattered.`;
   }
-  if (heatmap.minimum < 0) return `The brighter, the more a place raised the score of “${target.label}”; what lowered it is not shown.`;
-  return `The brighter, the more the score of “${target.label}” depends on that place.`;
+  const score = `the score of “${target.label}”`;
+  if (heatmap.minimum < 0) return `The brighter, the more a place raised ${score}; what lowered it is not shown.`;
+  return `The brighter, the more ${score} depends on that place.`;
 }
 
 function completeness({ completeness_error: error, baseline_score: baseline, target, parameters }) {
