@@ -1,5 +1,6 @@
 """A real browser on a live server, and what a person does with the page."""
 
+import json
 import re
 import shutil
 
@@ -110,3 +111,18 @@ def luminance(colour):
     channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
     red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def with_key(page, asked):
+    """Refuse requests as TorchServe does unless they come with the key."""
+
+    def answer(route):
+        asked.append(route.request.headers.get("authorization"))
+        if asked[-1] == "Bearer right":
+            return route.continue_()
+        body = {"code": 400, "type": "InvalidKeyException", "message": "Token Authentication failed."}
+        return route.fulfill(status=400, content_type="application/json", body=json.dumps(body))
+
+    page.route(re.compile("/(predictions|explanations)/small$"), lambda route: (
+        answer(route) if route.request.method == "POST" else route.continue_()
+    ))  # fmt: skip

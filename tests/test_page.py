@@ -12,8 +12,8 @@ import pytest
 from browser import (
     PATH,
     PHOTO,
-    chromium,
     choose,
+    chromium,
     explain,
     give,
     heat_of,
@@ -24,6 +24,7 @@ from browser import (
     server,
     tab_to,
     wait_for_text,
+    with_key,
 )
 from live import SMALL_LABELS
 from PIL import Image
@@ -139,21 +140,6 @@ def test_the_curl_command_makes_the_same_request(opened, tmp_path):
     assert [told["heatmap"]["heatmap_png"]] == heat_of(page)
     assert told["parameters"]["layer"] == "layer3" and told["target"]["label"] == "new york, ny"
     assert "Authorization" not in command
-
-
-def with_key(page, asked):
-    """Refuse requests as TorchServe does unless they come with the key."""
-
-    def answer(route):
-        asked.append(route.request.headers.get("authorization"))
-        if asked[-1] == "Bearer right":
-            return route.continue_()
-        body = {"code": 400, "type": "InvalidKeyException", "message": "Token Authentication failed."}
-        return route.fulfill(status=400, content_type="application/json", body=json.dumps(body))
-
-    page.route(re.compile("/(predictions|explanations)/small$"), lambda route: (
-        answer(route) if route.request.method == "POST" else route.continue_()
-    ))  # fmt: skip
 
 
 def test_a_key_is_asked_for_and_sent(opened):
