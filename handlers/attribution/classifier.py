@@ -62,6 +62,7 @@ class Classifier:
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
         self.classes = self._count_classes()
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
+        self.spatial_layers = self._heard(self.spatial_layers)
         self.operations = operations(self._model, self.example)
         # A few rules at a time: each holds changed layers, and a client chooses their parameters.
         self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
@@ -127,6 +128,12 @@ class Classifier:
 
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _heard(self, layers: dict[str, Grid]) -> dict[str, Grid]:
+        """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
+        noise = torch.rand(self.example.shape, generator=torch.Generator().manual_seed(0)).to(self.example)
+        found = self.evaluate(self.normalization(noise), [0], [Score.LOGIT], layers=list(layers)).layers
+        return {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
 
     def _count_classes(self) -> int:
         output = self.logits(self.example)

@@ -205,12 +205,6 @@ def json_answer(content: object, status: int = 200) -> Answer:
     return Answer(json.dumps(content, allow_nan=False).encode(), "application/json", status)
 
 
-def try_it_page(model: dict[str, str], methods: Sequence[str]) -> Answer:
-    """Answer the page to try the model in a browser."""
-    html = _templates().get_template("page.html").render(model=model, methods=methods)
-    return Answer(html.encode(), "text/html; charset=utf-8")
-
-
 def describe(explanation: Explanation) -> str:
     """Say in a few words what was explained, and with what error."""
     told = f"{explanation.target.label}, {explanation.target.probability:.1%}"

@@ -70,10 +70,15 @@ class Parameters(BaseModel):
     reduction: Reduction | None = Field(None, description=_one_of(Reduction))
     composite: Composite | None = Field(None, description=_one_of(Composite))
     quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
-        (), description=f"one or more of {', '.join(QUALITIES)}"
+        (), description=f"one or more of {', '.join(QUALITIES)}", json_schema_extra={"enum": list(QUALITIES)}
     )
     seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
-    colormap: str | None = Field(None, pattern=f"^({'|'.join(COLORMAPS)})$", description=_one_of(COLORMAPS))
+    colormap: str | None = Field(
+        None,
+        pattern=f"^({'|'.join(COLORMAPS)})$",
+        description=_one_of(COLORMAPS),
+        json_schema_extra={"enum": list(COLORMAPS)},
+    )
     overlay: Number = Field(0.5, ge=0, le=1, description="an opacity from 0 to 1")
     clip: Number = Field(99, gt=0, le=100, description="a percentile above 0, at most 100")
 

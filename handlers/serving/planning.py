@@ -1,7 +1,8 @@
 """What a request asks for becomes jobs, within what the archive allows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from attribution.errors import Unsupported
 from attribution.job import Job
 from attribution.methods import Case, Method
 from attribution.rows import Score
+from serving.capabilities import capability_report
 from serving.errors import bad_request, over_limit, shown
 from serving.images import Picture
 from serving.parameters import Capabilities, Labels, Parameters, read_parameters
@@ -62,6 +64,11 @@ class Planner:
         parameters = read_parameters(self._defaults)
         self._methods(parameters, self.capabilities.choose(parameters.method, parameters.score))
         labels.targets(parameters.target if parameters.target is not None else 0)
+
+    def report(self, model: Mapping[str, str]) -> dict[str, Any]:
+        """Return what clients may ask for, ready for JSON."""
+        defaults, layers = read_parameters(self._defaults), list(self._classifier.spatial_layers)
+        return capability_report(model, self.capabilities, defaults, self._labels, layers)
 
     def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
         """Return a plan for each image; raises ClientError where a request asks for what is not there or not allowed."""

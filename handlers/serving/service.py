@@ -14,9 +14,10 @@ from attribution.job import Job
 from attribution.methods import Attribution, Case
 from attribution.methods.path import IntegratedGradients
 from attribution.quality import Measurement
-from serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer, try_it_page
+from serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer
 from serving.errors import ClientError, bad_request, from_engine, over_limit, shown
 from serving.images import read_picture
+from serving.page import try_it_page
 from serving.parameters import Labels
 from serving.planning import Plan, Planner, Prepared, top_k
 from serving.requests import Instance, Protocol, Request, read_request
@@ -178,7 +179,7 @@ class Service:
         request = exchange.request
         self._check_time(LATEST * self._timeout)
         if request.page:
-            exchange.finished = try_it_page(self._model, self._planner.capabilities.methods)
+            exchange.finished = self._opened(exchange)
         elif not request.explain:
             pairs = zip(request.instances, exchange.images, strict=True)
             predictions = [self._predictions(request, *pair) for pair in pairs]
@@ -190,6 +191,13 @@ class Service:
             else:
                 answer = self._worded(request, [one.as_json() for one in told])
             exchange.finished = self._within_size(answer)
+
+    def _opened(self, exchange: Exchange) -> Answer:
+        """Answer who sent nothing: a program with what may be asked for, a person with the page that asks."""
+        report = self._planner.report(self._model)
+        if exchange.request.defaults.get("output") == "json":
+            return json_answer(report)
+        return try_it_page(report, keyed="authorization" in map(str.lower, exchange.row.headers))
 
     def _check_time(self, seconds: float) -> None:
         """Raise 504 where the batch has taken longer than that: at responseTimeout TorchServe kills the worker."""
