@@ -4,7 +4,7 @@ NAME ?= imagenet
 RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
-.PHONY: serve test demo lint setup clean
+.PHONY: serve test demo study support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m deploy.serve $(NAME)
@@ -14,6 +14,12 @@ test: setup  ## run all tests, a live server among them
 
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
 	@$(RUN) -m deploy.demo
+
+support: setup  ## write the README's table of architectures anew
+	@PYTHONPATH=handlers:tests $(RUN) -m support
+
+study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
+	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))
 
 lint: setup  ## style and types
 	@$(RUN) -m ruff check .

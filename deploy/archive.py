@@ -132,11 +132,14 @@ def check(stage: Path) -> None:
     try:
         settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
         classifier, labels = load_classifier(stage, settings)
-        outcome = Service(classifier, labels, settings, {"name": "check", "version": "0"}).warm_up()
+        service = Service(classifier, labels, settings, {"name": "check", "version": "0"})
+        outcome = service.warm_up()
         if isinstance(outcome, Exception):
             raise outcome
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise Refused(str(error) or type(error).__name__) from error
+    for method, why in service.refused.items():
+        print(f"{method} cannot serve it: {why}")
 
 
 def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
@@ -172,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="./archive.sh", description=__doc__)
     command.add_argument("name", help="the model's name; classifiers/NAME/ is read if it exists")
     network = command.add_mutually_exclusive_group()
-    network.add_argument("--arch", help="a torchvision architecture, such as resnet34")
+    network.add_argument("--arch", help="a torchvision architecture, such as resnet34; or timm/ and the name of one of timm's")
     network.add_argument("--model", type=_existing, help="a model.py that defines the network as an nn.Module")
     command.add_argument("--weights", type=_existing, help="a state dict: .safetensors, or .pt/.pth (loaded with weights_only)")
     command.add_argument("--labels", type=_existing, help='class names: a JSON list, {"0": name, ...}, or one name a line')

@@ -47,6 +47,8 @@ class ExplainHandler:
         self._service.warm_up()
         log.info("%s %s on %s: %d classes, %d batch norms folded, last layer %s", context.model_name, version, device,
                  classifier.classes, classifier.folded, classifier.last_layer)  # fmt: skip
+        for method, why in self._service.refused.items():
+            log.info("%s cannot serve %s: %s", method, context.model_name, why)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer each request by itself; nothing is raised, since that would fail the whole batch."""

@@ -133,7 +133,8 @@ class Classifier:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
         noise = torch.rand(self.example.shape, generator=torch.Generator().manual_seed(0)).to(self.example)
         found = self.evaluate(self.normalization(noise), [0], [Score.LOGIT], layers=list(layers)).layers
-        return {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
+        heard = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
+        return heard or layers  # a head of zeros, before any training, listens to none
 
     def _count_classes(self) -> int:
         output = self.logits(self.example)

@@ -126,6 +126,7 @@ def _names(last: Any) -> Iterator[str]:
         waiting += before
         if before:
             name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+            name = "Attention" if name.startswith("ScaledDotProduct") else name  # one for each device
             joins = len(before) > 1 and name not in ("Cat", "Stack")
             divides = name == "Div" and node.next_functions[0][0] is None
             yield f"{name} of two" if joins else f"{name} by the image" if divides else name

@@ -17,6 +17,7 @@ from attribution.engine import Finished
 from attribution.job import Job
 from attribution.methods import METHODS, Attribution
 from attribution.quality import Measured, Quality
+from serving.capabilities import first_sentence
 from serving.images import Picture
 from serving.parameters import Parameters
 from serving.pictures import (
@@ -145,6 +146,7 @@ class Told:
 
     model: dict[str, str]
     predicted: Class
+    top: Sequence[Class]
     picture: Picture
     explanations: Sequence[Explanation]
 
@@ -216,8 +218,14 @@ def describe(explanation: Explanation) -> str:
 
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
-    environment.filters["describe"] = describe
+    environment.filters |= {"describe": describe, "points": _points, "meaning": lambda one: first_sentence(type(one))}
     return environment
+
+
+def _points(curve: Sequence[float]) -> str:
+    """Return a curve of values from 0 to 1 as the points of a line in a box of 100 by 50."""
+    step = 100 / (len(curve) - 1)
+    return " ".join(f"{place * step:.1f},{50 * (1 - value):.1f}" for place, value in enumerate(curve))
 
 
 def _as_float16(values: Map) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from attribution.methods import METHODS, Method, Smoothing
+from attribution.methods import METHODS, Smoothing
 from serving.colormaps import COLORMAPS, table
 from serving.parameters import Capabilities, Labels, Parameters
 
@@ -43,9 +43,9 @@ def _method(name: str) -> dict[str, Any]:
     }
 
 
-def first_sentence(method: type[Method]) -> str:
-    """Return the first sentence of a method's docstring, which says what its map means."""
-    paragraph = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+def first_sentence(documented: type) -> str:
+    """Return the first sentence of a docstring, which says what a map or a measure means."""
+    paragraph = " ".join((documented.__doc__ or "").split("\n\n")[0].split())
     return paragraph.split(". ")[0].removesuffix(".") + "."
 
 

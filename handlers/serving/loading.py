@@ -17,6 +17,7 @@ from attribution.classifier import Classifier
 from serving.settings import Settings
 
 WEIGHTS, LABELS, MODEL = "weights.safetensors", "index_to_name.json", "model.py"
+TIMM = "timm/"  # what an architecture of that library is called by
 
 
 def load_classifier(folder: Path, settings: Settings, device: torch.device | str = "cpu") -> tuple[Classifier, list[str]]:
@@ -38,7 +39,7 @@ def load_classifier(folder: Path, settings: Settings, device: torch.device | str
 
 def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
     """Build the network with as many classes as the weights have, and load them; raises ValueError saying what does not fit."""
-    build = _own_builder(folder / MODEL) if architecture == MODEL else _torchvision_builder(architecture)
+    build = _builder(architecture, folder)
     network = build({})
     classes = _classes_of(network.state_dict(), state)
     if classes is not None:
@@ -76,12 +77,27 @@ def read_labels(path: Path) -> list[str]:
 Builder = Callable[[dict[str, Any]], nn.Module]
 
 
-def _torchvision_builder(architecture: str) -> Builder:
+def _builder(architecture: str, folder: Path) -> Builder:
+    if architecture == MODEL:
+        return _own_builder(folder / MODEL)
+    if architecture.startswith(TIMM):
+        return _timm_builder(architecture.removeprefix(TIMM))
     if architecture not in list_models(module=models):
         raise ValueError(
-            f"architecture {architecture!r} is unknown; allowed: {MODEL} or a torchvision classifier such as resnet18"
+            f"architecture {architecture!r} is unknown; allowed: {MODEL}, a torchvision classifier such as resnet18, "
+            f"or {TIMM} and the name of one of timm's"
         )
     return lambda options: get_model(architecture, weights=None, **options)
+
+
+def _timm_builder(name: str) -> Builder:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"architecture {TIMM}{name}: the package timm is not installed") from None
+    if name not in timm.list_models():
+        raise ValueError(f"architecture {TIMM}{name} is unknown to timm {timm.__version__}")
+    return lambda options: timm.create_model(name, **options)
 
 
 def _own_builder(path: Path) -> Builder:

@@ -88,6 +88,11 @@ class Service:
         self._engine = Engine(classifier, self._limits.pack)
         self._model = dict(model)
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """The methods that cannot serve the classifier, and why."""
+        return self._planner.capabilities.refused
+
     def warm_up(self) -> Finished[Attribution] | AttributionError:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
         classifier = self._engine.classifier
@@ -216,7 +221,14 @@ class Service:
         return answer
 
     def _told(self, image: Prepared, explanations: Sequence[Explanation]) -> Told:
-        return Told(self._model, self._class(image, image.predicted), image.picture, explanations)
+        top = image.probabilities.topk(min(5, len(self._labels.names))).indices.tolist()
+        return Told(
+            self._model,
+            self._class(image, image.predicted),
+            [self._class(image, index) for index in top],
+            image.picture,
+            explanations,
+        )
 
     def _class(self, image: Prepared, index: int) -> Class:
         return Class(index, self._labels.names[index], float(image.probabilities[index]))

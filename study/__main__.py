@@ -1,0 +1,160 @@
+"""Runs the study: explains every photo with every technique, measures, and writes table, CSV and montage."""
+
+import argparse
+import json
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from attribution.engine import Engine
+from attribution.job import Job
+from attribution.methods import Case
+from deploy import ROOT
+from deploy.archive import Refused
+from deploy.photo import photo_path
+from deploy.serve import ensure_archive
+from serving.images import FORMATS, Picture, read_picture
+from serving.loading import load_classifier
+from serving.settings import Preprocessing, read_settings
+from serving.settings import Settings as ArchiveSettings
+from study.measure import Photo, Settings, large_engine, make_grids, measure_grid, measure_photo, read_photo
+from study.tables import Record, markdown, montage, write_csv
+from study.techniques import Technique, techniques
+
+PACKAGED = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")  # photos of scikit-image
+SUFFIXES = {".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS)}
+
+
+def load(name: str, scale: int = 1) -> tuple[Engine, Preprocessing]:
+    """Load an archive of model_store/ for inputs `scale` times as high and wide as it is served with."""
+    ensure_archive(name, ROOT / "model_store")
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(ROOT / "model_store" / f"{name}.mar") as archive:
+        archive.extractall(folder)
+        config = yaml.safe_load(Path(folder, "model-config.yaml").read_text())
+        settings: ArchiveSettings = read_settings(config)
+        height, width = settings.preprocessing.size
+        larger = settings.preprocessing.model_copy(update={"crop": (scale * height, scale * width)})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        classifier, _ = load_classifier(Path(folder), settings.model_copy(update={"preprocessing": larger}), device)
+    return large_engine(classifier), settings.preprocessing
+
+
+def pictures(folder: Path | None, preprocessing: Preprocessing) -> Iterator[tuple[str, Picture]]:
+    """Yield the photos of a folder by name, or those that scikit-image ships."""
+    paths = [photo_path().with_name(name) for name in PACKAGED]
+    if folder is not None:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    for path in paths:
+        yield path.stem, read_picture(path.read_bytes(), preprocessing, 10**8)
+
+
+class Records:
+    """What has been measured so far, line by line in a file, so that a study that was stopped goes on where it was."""
+
+    def __init__(self, path: Path, name: str, photos: list[Photo], settings: Settings) -> None:
+        self._path = path
+        told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": settings.as_json()}
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not lines or lines[0] != json.loads(json.dumps(told)):  # another study
+            lines = [told]
+            path.write_text(json.dumps(told) + "\n")
+        self.all: list[Record] = lines[1:]
+        self._known = {(record["photo"], record["technique"]) for record in self.all}
+
+    def has(self, photo: str, technique: str) -> bool:
+        """Whether this has been measured."""
+        return (photo, technique) in self._known
+
+    def add(self, record: Record) -> None:
+        """Keep a measurement."""
+        self.all.append(record)
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: Settings, records: Records) -> None:
+    """Measure what has not been measured."""
+    chosen = list(techniques(engine.classifier))
+    every = max(1, len(photos) // settings.disturbed)
+    disturbed = {photo.name for photo in photos[::every][: settings.disturbed]}
+    grids = list(make_grids(photos, settings.grids)) if large is not None else []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(chosen) * (len(photos) + len(grids)))
+
+        def each(name: str) -> Iterator[Technique]:
+            for technique in chosen:
+                progress.update(bar, description=f"{name}: {technique.name}"[:60])
+                if not records.has(name, technique.name):
+                    yield technique
+                progress.advance(bar)
+
+        for name, image, target, cell in grids:
+            assert large is not None
+            for technique in each(name):
+                records.add(measure_grid(large, technique, name, image, target, cell))
+        for photo in photos:
+            for technique in each(photo.name):
+                records.add(measure_photo(engine, technique, photo, settings, photo.name in disturbed))
+
+
+def draw(engine: Engine, picture: Picture, path: Path) -> None:
+    """Draw the montage of one photo."""
+    photo = read_photo("", picture.input, engine)
+    case = Case(engine.classifier, photo.input, photo.target, known_score=photo.score)
+    jobs = [Job(technique.method, case, technique.smoothing) for technique in techniques(engine.classifier)]
+    names = [technique.name for technique in techniques(engine.classifier)]
+    maps = []
+    for name, job, outcome in zip(names, jobs, engine.run(jobs), strict=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        maps.append((name, outcome.result.map.sum(0).float().cpu().numpy(), job.signed))
+    montage(picture.seen, maps).save(path)
+
+
+def main() -> int:
+    """Run the study that the command line asks for."""
+    command = argparse.ArgumentParser(prog="make study", description=__doc__)
+    command.add_argument("name", nargs="?", default="imagenet", help="the classifier (default: %(default)s)")
+    command.add_argument("--photos", type=Path, help="a folder of photos (default: those that scikit-image ships)")
+    command.add_argument("--montage", type=Path, default=photo_path(), help="the photo of the montage")
+    command.add_argument("--out", type=Path, default=ROOT / "run" / "study", help="where the results go (default: run/study)")
+    command.add_argument("--disturbed", type=int, help="how many photos max sensitivity is measured on")
+    options = command.parse_args()
+    settings = Settings() if options.disturbed is None else replace(Settings(), disturbed=options.disturbed)
+    try:
+        engine, preprocessing = load(options.name)
+    except Refused as reason:
+        print(f"study: {reason}", file=sys.stderr)
+        return 1
+    console = Console()
+    try:
+        large: Engine | None = load(options.name, 2)[0]
+    except ValueError as reason:
+        console.print(f"no grid pointing game: {reason}")
+        large = None
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(engine, read_picture(options.montage.read_bytes(), preprocessing, 10**8), options.out / "montage.png")
+    photos = [read_photo(name, picture.input, engine) for name, picture in pictures(options.photos, preprocessing)]
+    records = Records(options.out / "records.jsonl", options.name, photos, settings)
+    run(photos, engine, large, settings, records)
+    table = markdown(records.all)
+    (options.out / "table.md").write_text(table)
+    write_csv(options.out / "table.csv", records.all)
+    console.print(table, markup=False)
+    console.print(
+        f"{len(photos)} photos; {settings}; torch {torch.__version__}, {torch.get_num_threads()} threads", markup=False
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The techniques that are compared: a method, smoothed or not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from attribution.classifier import Classifier
+from attribution.methods import METHODS, Method, Smoothing
+from attribution.methods.gradient import Saliency
+from attribution.methods.guided import GuidedBackprop, GuidedGradCam
+from attribution.methods.lrp import LayerwiseRelevance
+from attribution.methods.noise import Kind
+from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.methods.perturbation import Occlusion
+
+COPIES = 4  # of the smoothed techniques
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A method with its parameters, smoothed or not."""
+
+    name: str
+    method: Method
+    smoothing: Smoothing | None = None
+
+
+# Report 2 of the project compares these on ResNet-18: Integrated Gradients three times, and five others.
+EIGHT = (
+    Technique("integrated_gradients", IntegratedGradients()),
+    Technique("integrated_gradients smoothgrad_sq", IntegratedGradients(), Smoothing(Kind.SMOOTHGRAD_SQ, COPIES)),
+    Technique("integrated_gradients vargrad", IntegratedGradients(), Smoothing(Kind.VARGRAD, COPIES)),
+    Technique("gradient_shap", GradientShap()),
+    Technique("occlusion", Occlusion()),
+    Technique("lrp", LayerwiseRelevance()),
+    Technique("guided_backprop", GuidedBackprop()),
+    Technique("guided_grad_cam", GuidedGradCam()),
+)
+SMOOTHED = Technique("saliency smoothgrad", Saliency(), Smoothing(Kind.SMOOTHGRAD))
+
+
+def techniques(classifier: Classifier) -> Iterator[Technique]:
+    """Yield the eight, a smoothed gradient, and every other method, those that serve the classifier."""
+    known = {technique.name for technique in EIGHT}
+    others = (Technique(name, method()) for name, method in METHODS.items() if name not in known)
+    for technique in (*EIGHT, SMOOTHED, *others):
+        if technique.method.unsupported(classifier) is None:
+            yield technique
