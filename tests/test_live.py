@@ -14,6 +14,7 @@ from live import build_small, build_stock, grpc_modules, picture, served
 from PIL import Image
 
 from attribution.methods import METHODS
+from attribution.quality import QUALITIES
 from deploy.serve import Failed, free_ports, serving
 
 IMAGE = picture()
@@ -126,6 +127,50 @@ def test_all_methods_and_targets_are_explained_in_order(client):
     assert [(e["method"], e["target"]["index"]) for e in told] == [(name, t) for name in METHODS for t in (3, 0)]
 
 
+def test_quality_is_told_with_what_it_was_measured_with(client):
+    fields = {"method": "sensitivity,grad_cam", "quality": "max_sensitivity,infidelity,deletion,insertion"}
+    first, second = explain(client, **fields).json()["explanations"]
+    for one in (first, second):
+        assert set(one["quality"]) == set(one["quality_details"]) == set(QUALITIES) and one["evaluations"] == 1
+        assert all(value >= 0 for value in one["quality"].values())
+        details = one["quality_details"]
+        assert details["max_sensitivity"]["radius"] == 0.02 and details["max_sensitivity"]["norm"] == "fro"
+        assert details["max_sensitivity"]["evaluations"] == details["max_sensitivity"]["samples"] == 10
+        curve = details["deletion"]["curve"]
+        assert len(curve) == details["deletion"]["steps"] + 1 and curve[0] == pytest.approx(
+            one["target"]["probability"], abs=1e-3
+        )
+        assert one["quality"]["deletion"] == pytest.approx(np.trapezoid(curve) / details["deletion"]["steps"], abs=1e-3)
+    assert first["quality"] != second["quality"]
+    assert "quality_details" not in explain(client, method="sensitivity").json()["explanations"][0]
+
+
+def test_the_report_draws_the_curves(client):
+    text = explain(client, method="grad_cam", quality="deletion,infidelity", output="html").text
+    assert text.count("<polyline") == 1 and "Infidelity" in text and "lower is better" in text
+
+
+def test_a_quality_that_costs_too_much_or_does_not_exist_is_refused(client):
+    many = client.post("/explanations/small", files={"data": IMAGE}, data={"method": "occlusion", "quality": "max_sensitivity"})
+    assert "2486 evaluations" in refused(many, 422)
+    unknown = client.post("/explanations/small", files={"data": IMAGE}, data={"quality": "beauty"})
+    assert "quality" in (message := refused(unknown, 400)) and "infidelity" in message
+
+
+def test_middle_layers_are_drawn_side_by_side(client):
+    fields = {"method": "grad_cam", "layer": "layer1,layer2,layer3,last"}
+    told = explain(client, **fields).json()["explanations"]
+    assert [one["parameters"]["layer"] for one in told] == ["layer1", "layer2", "layer3", "layer4"]
+    assert Image.open(io.BytesIO(explain(client, output="png", **fields).content)).width > 3 * 224
+
+
+def test_what_has_no_rule_for_the_probability_is_left_out_of_all_and_refused_by_name(client):
+    told = explain(client, method="all", score="probability", samples="5").json()["explanations"]
+    assert {one["method"] for one in told} == set(METHODS) - {"deep_lift", "lrp"}
+    answer = client.post("/explanations/small", files={"data": IMAGE}, data={"method": "lrp", "score": "probability"})
+    assert "softmax" in refused(answer, 400)
+
+
 def test_the_npy_answer_is_the_values(client):
     fields = {"method": "sensitivity,grad_cam", "target": "1,2"}
     maps = np.load(io.BytesIO(explain(client, output="npy", **fields).content), allow_pickle=False)
@@ -141,12 +186,12 @@ def test_pictures_come_as_fields_and_by_accept_header(client):
     assert by_field.headers["content-type"] == by_header.headers["content-type"] == "image/png"
     assert by_field.content == by_header.content
     assert Image.open(io.BytesIO(by_field.content)).size == (224, 224)
-    sheet = Image.open(io.BytesIO(explain(client, output="png", method="all").content))
+    sheet = Image.open(io.BytesIO(explain(client, output="png", method="all", samples="10").content))
     assert sheet.width > 3 * 224 and sheet.height > 2 * 224
 
 
 def test_the_report_is_one_self_contained_page(client):
-    answer = explain(client, headers={"Accept": "text/html,*/*;q=0.8"}, method="all")
+    answer = explain(client, headers={"Accept": "text/html,*/*;q=0.8"}, method="all", samples="10")
     assert answer.headers["content-type"].startswith("text/html")
     assert all(name in answer.text for name in METHODS)
     assert "http://" not in answer.text and "https://" not in answer.text and "<script" not in answer.text
