@@ -124,7 +124,8 @@ def _environment(settings: Mapping[str, str], run: Path, temporary: str) -> dict
     java = _java_home()
     path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(java, "bin")), os.environ.get("PATH", "")])
     own = {"JAVA_HOME": java, "PATH": path, "LOG_LOCATION": str(run / "logs"), "METRICS_LOCATION": str(run / "logs")}
-    return {**os.environ, **own, "TMPDIR": temporary, "TEMP": temporary, **settings}
+    # Threads that spin while they wait take the cores from those that work, where others use the machine too.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **own, "TMPDIR": temporary, "TEMP": temporary, **settings}
 
 
 def _java_home() -> str:
