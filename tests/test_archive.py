@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -237,3 +238,18 @@ def test_two_public_modules_without_a_model_are_refused(tmp_path):
     (tmp_path / "model.py").write_text(OWN_MODEL + "\nclass Other(Net):\n    pass\n")
     with pytest.raises(ValueError, match="Net, Other"):
         build_network("model.py", tmp_path, small_cnn().state_dict())
+
+
+def test_a_network_of_timms_is_built_by_name(tmp_path):
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    network = build_network("timm/test_resnet", tmp_path, state)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    with pytest.raises(ValueError, match="unknown to timm"):
+        build_network("timm/no_such_net", tmp_path, state)
+
+
+def test_timm_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="timm is not installed"):
+        build_network("timm/test_resnet", tmp_path, {})

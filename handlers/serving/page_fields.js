@@ -9,6 +9,7 @@ const OWN = new Set(["method", "output", "values"]); // the page chooses these i
 const words = (name) => name.replaceAll("_", " ");
 const sentence = (text) => text[0].toUpperCase() + text.slice(1);
 const title = (name) => sentence(words(name));
+const methodTitle = (name) => (name.length <= 4 ? name.toUpperCase() : title(name)); // LIME, but Saliency
 const told = (value) => (Array.isArray(value) ? value.join(", ") : String(value ?? ""));
 
 function make(tag, properties = {}, ...children) {
@@ -24,7 +25,7 @@ function described(element, ...texts) {
 
 // One method to choose, or one that cannot serve this model with the reason.
 function methodOption(name, text, options) {
-  const heading = make("b", { id: `method-${name}`, textContent: title(name) });
+  const heading = make("b", { id: `method-${name}`, textContent: methodTitle(name) });
   const about = make("small", { id: `about-${name}`, textContent: text });
   const box = described(make("input", { type: "checkbox", name: "method", value: name, ...options }), about);
   box.setAttribute("aria-labelledby", heading.id);

@@ -105,7 +105,7 @@ function mapCard(answer, explanation, photo, command) {
   const card = find("#card").content.cloneNode(true).firstElementChild;
   const { method, target, heatmap } = explanation;
   const layer = explanation.parameters.layer ? `, ${explanation.parameters.layer}` : "";
-  find("h3", card).textContent = `${title(method)}: ${target.label}${layer}`;
+  find("h3", card).textContent = `${methodTitle(method)}: ${target.label}${layer}`;
   find(".about", card).textContent = report.methods.find((known) => known.name === method)?.description ?? "";
   drawStack(find(".stack", card), explanation, photo, answer.image.crop);
   drawScale(find(".scale", card), heatmap.scale);
@@ -119,7 +119,7 @@ function mapCard(answer, explanation, photo, command) {
 
 function failureCard(method, message) {
   const card = find("#failure").content.cloneNode(true).firstElementChild;
-  find("h3", card).textContent = title(method);
+  find("h3", card).textContent = methodTitle(method);
   find(".error", card).textContent = message;
   return card;
 }
