@@ -4,7 +4,7 @@ from attribution.methods import cam, deep_lift, gradient, guided, lrp, path, per
 from attribution.methods.method import METHODS, Attribution, Case, Method
 from attribution.methods.noise import Smoothing
 
-# Importing a family registers its methods, and this is the order in which they are listed.
+# Importing a family registers its methods.
 FAMILIES = (path, deep_lift, gradient, guided, relevance, lrp, cam, perturbation, superpixels, regions)
 
 __all__ = ["METHODS", "Attribution", "Case", "Method", "Smoothing"]
