@@ -187,6 +187,21 @@ def test_cheap_jobs_are_answered_before_the_deadline_ends_the_others(classifier,
     assert next(ticks) < 30  # it stopped in time
 
 
+def test_work_between_passes_is_held_to_the_deadline_too(classifier, image):
+    now = [0.0]
+
+    class Slow(Method):
+        def attribute(self, case):
+            now[0] += 7  # such as cutting the image into segments
+            yield [case.rows(1, lambda *_: case.input[None], lambda *_: None)]
+            return Attribution(torch.zeros_like(case.input))
+
+    engine = Engine(classifier, 4, clock=lambda: now[0])
+    jobs = [Job(Slow(), Case(classifier, image, 0)) for _ in range(9)]
+    outcomes = engine.run(jobs, deadline=20)
+    assert sum(isinstance(outcome, DeadlinePassed) for outcome in outcomes) >= 6 and now[0] <= 27
+
+
 def test_one_slow_batch_does_not_refuse_the_next(classifier, image):
     times = iter([0.0, 50.0])  # the first batch's only pass takes 50 seconds, all later ones none
     engine = Engine(classifier, 4, clock=lambda: next(times, 50.0))

@@ -19,6 +19,7 @@ from attribution.errors import AttributionError, DeadlinePassed, OutOfMemory
 from attribution.rows import Asking, Evaluation, Rows
 
 log = logging.getLogger(__name__)
+LATE = "out of time before the batch's deadline; ask for fewer methods, steps or samples"
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
 
@@ -134,16 +135,22 @@ class Engine:
         self._longest = 0.0
         tasks = [_Task(work, work.compute()) for work in works]
         live = sorted(tasks, key=lambda task: task.work.evaluations)
-        for task in live:
-            task.go_on()
+        self._go_on(live, deadline)
         while live := [task for task in live if task.outcome is None]:
             idle = [task for task in live if not task.waiting]
             if idle:
-                for task in idle:
-                    task.go_on()
+                self._go_on(idle, deadline)
             else:
                 self._pass(self._fill(live), deadline, live)
         return [task.outcome for task in tasks if task.outcome is not None]
+
+    def _go_on(self, tasks: Sequence[_Task[T]], deadline: float) -> None:
+        """Let tasks reduce what they have; some take their time over it, so the clock is looked at before each."""
+        for task in tasks:
+            if self._clock() > deadline:
+                task.fail(DeadlinePassed(LATE))
+            else:
+                task.go_on()
 
     def _fill(self, live: Sequence[_Task[T]]) -> list[_Slice]:
         """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along."""
@@ -161,7 +168,7 @@ class Engine:
         began = self._clock()
         if began + self._longest > deadline:
             for task in live:
-                task.fail(DeadlinePassed("out of time before the batch's deadline; ask for fewer methods, steps or samples"))
+                task.fail(DeadlinePassed(LATE))
             return
         try:
             evaluation = self._within_memory(lambda: self._evaluate(slices), count)

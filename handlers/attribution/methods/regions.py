@@ -1,11 +1,13 @@
 """Regions: which segments of the image hold the most attribution."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skimage.morphology import dilation, disk
+from scipy.ndimage import find_objects
+from skimage.morphology import isotropic_dilation
 from skimage.segmentation import felzenszwalb
 
 from attribution.classifier import Classifier
@@ -57,9 +59,18 @@ def segments(case: Case) -> Masks:
     pixels = pixels_of(case)
     stretched = 2 * (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-6) - 1
     side = min(pixels.shape[:2]) / 224
-    smallest, margin = max(4, round(SMALLEST * side**2)), disk(max(1, round(MARGIN * side)))  # type: ignore[no-untyped-call]
-    labels = [felzenszwalb(stretched, scale, 0.8, smallest) for scale in SCALES]
-    return np.stack([dilation(found == label, margin) for found in labels for label in np.unique(found)])
+    smallest, margin = max(4, round(SMALLEST * side**2)), max(1, round(MARGIN * side))
+    scales = (felzenszwalb(stretched, scale, 0.8, smallest) for scale in SCALES)
+    return np.stack([mask for labels in scales for mask in widened(labels, margin)])
+
+
+def widened(labels: NDArray[np.int64], margin: int) -> Iterator[Masks]:
+    """Yield each segment's mask [H, W], wider by a margin in pixels."""
+    for number, box in enumerate(find_objects(labels + 1)):
+        around = tuple(slice(max(0, side.start - margin), side.stop + margin) for side in box)
+        mask = np.zeros(labels.shape, dtype=bool)
+        mask[around] = isotropic_dilation(labels[around] == number, margin)  # type: ignore[no-untyped-call]
+        yield mask
 
 
 def gathered(attribution: NDArray[np.float64], masks: Masks) -> NDArray[np.float64]:
