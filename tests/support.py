@@ -61,6 +61,7 @@ ARCHITECTURES = {
     "swin_t": Architecture(_torchvision("swin_t"), "permute"),
     "vit_b_16": Architecture(_torchvision("vit_b_16", image_size=64), "encoder.layers.encoder_layer_11.ln_1"),
     "timm/legacy_xception": Architecture(partial(_timm, "legacy_xception"), "act4", 96),
+    "timm/efficientnet_lite0": Architecture(partial(_timm, "efficientnet_lite0"), "bn2"),
     "a plain CNN": Architecture(PlainCnn, "10"),
     "a module of one's own": Architecture(partial(SmallCnn, CLASSES), "reduce"),
 }

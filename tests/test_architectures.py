@@ -61,6 +61,8 @@ def test_every_method_in_a_mixed_batch(served):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     probe = images(classifier, 1)
     logits = classifier.logits(probe)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(probe), rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
     jobs = mixed_jobs(classifier)
     outcomes = Engine(classifier, 16).run(jobs)
     for job, outcome in zip(jobs, outcomes, strict=True):

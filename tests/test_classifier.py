@@ -10,7 +10,10 @@ from attribution.classifier import Classifier, Normalization
 from attribution.errors import Unsupported
 from attribution.folding import fold_batch_norms
 from attribution.layers import find_spatial_layers
+from attribution.methods.guided import GuidedRelus
+from attribution.methods.lrp import Composite, Relevance
 from attribution.rows import Score
+from serving.parameters import Capabilities
 
 
 def test_folding_keeps_the_logits_and_removes_the_norms(model, image):
@@ -174,3 +177,124 @@ def test_the_default_classifier_is_the_package_its_weights_come_from(lite0):
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(lite0(x), reference(x))
+
+
+# Models that are more than their modules' classes say
+
+
+class Answering(nn.Module):
+    """A network whose body is given."""
+
+    def __init__(self, body, *layers):
+        super().__init__()
+        torch.manual_seed(7)
+        self.body, self.layers = body, nn.ModuleList(layers)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.body(self, x).mean((2, 3)))
+
+
+class ActingNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda _module, _inputs, output: output.relu())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("convolution", "norm"),
+    [
+        (nn.Conv2d(3, 6, 3), ActingNorm(6)),
+        (StandardisedConv(3, 6, 3), nn.BatchNorm2d(6)),
+        (hooked(nn.Conv2d(3, 6, 3)), nn.BatchNorm2d(6)),
+        (nn.Conv2d(3, 6, 3), hooked(nn.BatchNorm2d(6))),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.BatchNorm2d(6)),
+    ],
+)
+def test_what_does_more_than_its_class_says_is_not_folded(convolution, norm):
+    model = Answering(lambda m, x: m.layers[1](m.layers[0](x)), convolution, norm).eval()
+    norm.running_mean.uniform_(-1, 1)
+    classifier = Classifier(model, NORMALIZATION, (16, 16))
+    x = torch.randn(2, 3, 16, 16)
+    assert classifier.folded == 0
+    torch.testing.assert_close(classifier.logits(x), model(x).detach())
+
+
+def test_folding_that_changes_the_answer_is_undone(monkeypatch):
+    def broken(model):
+        model.head.weight += 1
+        return 3
+
+    monkeypatch.setattr("attribution.classifier.fold_batch_norms", broken)
+    model = Answering(lambda m, x: m.layers[0](x), nn.Conv2d(3, 6, 3))
+    classifier = Classifier(model, NORMALIZATION, (16, 16))
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(classifier.logits(x), model(x).detach())
+    assert classifier.folded == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda m, x: m.layers[0](x - 0.5 * x.mean(0)), "other images"),
+        (lambda m, x: nn.functional.dropout(m.layers[0](x)), "differently each time"),
+    ],
+)
+def test_a_model_whose_answer_is_not_the_images_alone_is_refused(body, reason):
+    with pytest.raises(ValueError, match=reason):
+        Classifier(Answering(body, nn.Conv2d(3, 6, 3)), NORMALIZATION, (16, 16))
+
+
+def test_outputs_that_cannot_have_a_gradient_are_no_layers():
+    class Mask(nn.Module):
+        def forward(self, x):
+            return x > 0
+
+    model = Answering(lambda m, x: (y := m.layers[0](x)) * m.layers[1](y), nn.Conv2d(3, 6, 3), Mask())
+    assert list(Classifier(model, NORMALIZATION, (16, 16)).spatial_layers) == ["layers.0"]
+
+
+def test_without_a_gradient_only_methods_that_need_none_serve():
+    def cut(m, x):
+        with torch.no_grad():
+            return m.layers[0](x)
+
+    model = Answering(cut, nn.Conv2d(3, 6, 3))
+    model.head.requires_grad_(False)
+    capabilities = Capabilities(Classifier(model, NORMALIZATION, (16, 16)))
+    assert set(capabilities.methods) == {"occlusion", "rise", "lime", "kernel_shap"}
+    assert all("gradient" in why for why in capabilities.refused.values())
+
+
+@pytest.mark.parametrize("rule", [GuidedRelus(), Relevance(Composite.EPSILON_PLUS, (-2.0,) * 3, (2.0,) * 3)])
+def test_the_models_own_hooks_run_once_under_a_rule(rule):
+    model = Answering(lambda m, x: m.layers[0](x).relu(), nn.Conv2d(3, 6, 3))
+    model.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0] + 1,))
+    classifier = Classifier(model, NORMALIZATION, (16, 16))
+    x = torch.randn(1, 3, 16, 16)
+    under_rule = classifier.evaluate(x, [1], [], gradient=True, rule=rule).scores
+    torch.testing.assert_close(under_rule, model(x)[:, 1].detach())
+
+
+def test_a_model_that_fails_under_a_rule_is_refused_and_still_served():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.relu()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    model = Answering(lambda m, x: Once.apply(m.layers[0](x)), nn.Conv2d(3, 6, 3))
+    refused = Capabilities(Classifier(model, NORMALIZATION, (16, 16))).refused
+    assert "OnceBackward" in refused["lrp"] and "OnceBackward" in refused["deep_lift"] and "saliency" not in refused

@@ -97,3 +97,20 @@ def test_an_image_that_is_its_baseline_has_no_contribution():
 def test_what_has_no_rule_is_refused_by_name():
     model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(2), nn.LayerNorm(64), nn.Flatten(), nn.Linear(512, 2))
     assert "NativeLayerNorm" in DeepLift.unsupported(Classifier(model, NORMALIZATION, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("body", "operation"),
+    [
+        (lambda x: nn.functional.tanhshrink(x), "Tanh"),
+        (lambda x: nn.functional.max_pool2d(x, 2, return_indices=True)[0], "MaxPool2DWithIndices"),
+        (lambda x: torch.einsum("nchw,nc->nchw", x, x.mean((2, 3))), "of two"),
+        (lambda x: torch.mul(input=x, other=x.sigmoid()), "by name"),
+    ],
+)
+def test_what_no_rule_reaches_is_refused_when_the_model_is_loaded(body, operation):
+    class Net(nn.Module):
+        def forward(self, x):
+            return body(x).mean((2, 3))
+
+    assert operation in DeepLift.unsupported(Classifier(Net(), NORMALIZATION, SIZE))

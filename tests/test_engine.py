@@ -10,7 +10,7 @@ from attribution.classifier import Classifier
 from attribution.engine import Engine
 from attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
 from attribution.job import Job
-from attribution.methods import METHODS, Case, Method, Smoothing
+from attribution.methods import METHODS, Attribution, Case, Method, Smoothing
 from attribution.methods.baselines import Baseline
 from attribution.methods.cam import GradCam
 from attribution.methods.gradient import Sensitivity

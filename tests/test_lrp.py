@@ -128,6 +128,39 @@ def test_without_biases_nothing_is_lost(activation):
     assert float(outcome.result.map.sum()) == pytest.approx(score, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda m, x: nn.functional.conv2d(x, m.conv.weight, padding=1),
+        lambda m, x: nn.functional.conv2d(x, weight=m.conv.weight, groups=1, padding=1),
+        lambda m, x: m.conv(m.conv(x)),  # shared
+        lambda m, x: torch.cat([x, -x], 1).relu()[:, :4] + x,
+        lambda m, x: 1 - x,
+        lambda m, x: torch.neg(-x),
+        lambda m, x: torch.divide(torch.multiply(x, 4.0), 3),
+        lambda m, x: x.clamp_min(0).clip(0, 9),
+        lambda m, x: torch.add(x, m.conv(x), alpha=0.5),
+    ],
+)
+def test_relevance_is_conserved_however_a_function_is_called(middle):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(6)
+            self.stem, self.conv = nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.stem.weight.data.abs_()
+            self.conv.weight.data.abs_()
+
+        def forward(self, x):
+            return self.head(middle(self, self.stem(x).relu()).mean((2, 3)))
+
+    classifier = Classifier(Net().double(), NORMALIZATION, SIZE)
+    assert LayerwiseRelevance.unsupported(classifier) is None
+    outcome, score = explained(classifier)
+    assert float(outcome.result.map.sum()) == pytest.approx(score, rel=1e-3)
+
+
 def unsupported(body, *layers):
     class Net(nn.Module):
         def __init__(self):
@@ -146,6 +179,9 @@ def test_what_has_no_rule_is_refused_by_name():
     assert "one size" in unsupported(lambda m, x: (x * x.sigmoid()).mean((2, 3)))
     assert "matmul" in unsupported(lambda m, x: x.mean((2, 3)) @ torch.ones(3, 4))
     assert "Div by the image" in unsupported(lambda m, x: (torch.ones(3, 1, 1) / (x + 9)).mean((2, 3)))
+    assert "conv_transpose2d" in unsupported(lambda m, x: m.layers[0](x).mean((2, 3)), nn.ConvTranspose2d(3, 4, 3))
+    assert "of the batch" in unsupported(lambda m, x: nn.functional.instance_norm(x).square().mean((2, 3)))
+    assert "Sigmoid in a way" in unsupported(lambda m, x: torch.special.expit(x).mean((2, 3)))
     assert "by name" in unsupported(lambda m, x: nn.functional.gelu(input=x).mean((2, 3)))
     assert unsupported(lambda m, x: (x * 2 + 1).relu().mean((2, 3))) is None
 

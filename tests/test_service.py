@@ -112,3 +112,24 @@ def test_adaptive_paths_share_what_the_fixed_jobs_leave(service):
     assert [one["evaluations"] for one in fixed["explanations"]] == [200]
     assert [one["evaluations"] for one in adaptive["explanations"]] == [50, 50]
     assert all(one["completeness_error"] > 1e-9 for one in adaptive["explanations"])
+
+
+def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(service, monkeypatch):
+    fields = {"data": picture(), "method": b"sensitivity", "quality": b"all", "output": b"json"}
+    run, calls = service._engine.run, []
+
+    def late(works, deadline):
+        calls.append(len(works))
+        return run(works, deadline if len(calls) == 1 else 0.0)
+
+    monkeypatch.setattr(service._engine, "run", late)
+    for output in (b"json", b"html"):
+        calls.clear()
+        (exchange,) = service.answer([Row(fields | {"output": output}, {"explain": "True"})])
+        assert exchange.answer.status == 200 and calls == [1, 4]
+        if output == b"json":
+            (one,) = json.loads(exchange.answer.body)["explanations"]
+            assert set(one["quality"].values()) == {None} and len(one["quality"]) == 4
+            assert all("out of time" in details["reason"] for details in one["quality_details"].values())
+        else:
+            assert exchange.answer.body.count(b"not measured: out of time") == 4

@@ -1,7 +1,8 @@
 """The model made ready to be explained: frozen, folded, laid out, its layers known, its passes."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,8 @@ from attribution.folding import fold_batch_norms
 from attribution.functions import operations
 from attribution.layers import Grid, find_spatial_layers
 from attribution.rows import Evaluation, Layer, Rule, Score
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,12 @@ class Classifier:
     ) -> None:
         self.device = torch.device(device)
         self.normalization = normalization
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.folded = fold_batch_norms(self._model)
-        self._model.requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
+        self._model, self.folded = _folded(model, self._noise(normalization, size))
+        self._model.to(self.device).to(memory_format=torch.channels_last)
         self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
         self.classes = self._count_classes()
+        self._check_rows()
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
         self.spatial_layers = self._heard(self.spatial_layers)
         self.operations = operations(self._model, self.example)
@@ -118,23 +121,52 @@ class Classifier:
             },
         )
 
-    def refusal(self, rule: Rule) -> str | None:
-        """Return why the model cannot run under a rule, or None where it can."""
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient leads from the logits to the image."""
+        return bool(self.operations)
+
+    def refusal(self, rule: Rule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
+        """Return why the model cannot run rows under a rule, or None where it can.
+
+        `unwanted` are operations that the rule replaces: one that is left was called in a way that it does not see.
+        """
         try:
-            self.evaluate(self.example, [0], [], gradient=True, rule=rule)
+            left = sorted(operations(self._changed(rule), rows) & unwanted)
+            self.evaluate(rows, [0], [], gradient=True, rule=rule)
         except Unsupported as reason:
             return str(reason)
-        return None
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # it is the user's own forward that runs here
+            log.warning("a model cannot run under %s", rule, exc_info=error)
+            return f"it cannot run under the method's rules: {error}"
+        return f"it calls {', '.join(left)} in a way that no rule reaches" if left else None
 
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
     def _heard(self, layers: dict[str, Grid]) -> dict[str, Grid]:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
-        noise = torch.rand(self.example.shape, generator=torch.Generator().manual_seed(0)).to(self.example)
-        found = self.evaluate(self.normalization(noise), [0], [Score.LOGIT], layers=list(layers)).layers
+        noise = self._noise(self.normalization, self.example.shape[-2:])[:1]
+        found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
         heard = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
         return heard or layers  # a head of zeros, before any training, listens to none
+
+    @staticmethod
+    def _noise(normalization: Normalization, size: Sequence[int]) -> Tensor:
+        """Return two noisy images [2, C, H, W], to try the model on."""
+        pixels = torch.rand(2, len(normalization.mean), *size, generator=torch.Generator().manual_seed(0))
+        return normalization(pixels)
+
+    def _check_rows(self) -> None:
+        """Raise ValueError where an image's logits depend on chance or on its neighbours in a pass."""
+        both = self._noise(self.normalization, self.example.shape[-2:])
+        first, again, beside = self.logits(both[:1]), self.logits(both[:1]), self.logits(both)[:1]
+        if not _alike(first, again):
+            raise ValueError("the model answers the same image differently each time: is a dropout always on?")
+        if not _alike(first, beside):
+            raise ValueError("the model's answer to an image depends on the other images of its pass")
 
     def _count_classes(self) -> int:
         output = self.logits(self.example)
@@ -142,6 +174,26 @@ class Classifier:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")
         return output.shape[1]
+
+
+def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
+    """Return a frozen copy in evaluation mode with its batch norms folded, and how many; it answers what the model does."""
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    noise = noise.to(next((p for p in copied.parameters()), noise))
+    with torch.no_grad():
+        expected = copied(noise[:1].clone())
+        folded = fold_batch_norms(copied.requires_grad_(False))
+        copied.requires_grad_(False)
+        if not folded or not isinstance(expected, Tensor) or _alike(expected, copied(noise[:1].clone())):
+            return copied, folded
+    log.warning("batch norms are not folded: the model would not answer as before")
+    return copy.deepcopy(model).eval().requires_grad_(False), 0
+
+
+def _alike(expected: Tensor, found: Tensor) -> bool:
+    """Whether logits agree up to rounding, or both are not finite."""
+    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(expected, found, rtol=0, atol=0.01 * scale, equal_nan=True)
 
 
 def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> Tensor:

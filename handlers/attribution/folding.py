@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def fold_batch_norms(model: nn.Module) -> int:
             continue
         norm, convolution = modules[str(node.target)], modules[str(before.target)]
         used_once = calls[id(norm)] == calls[id(convolution)] == len(before.users) == 1
-        if used_once and isinstance(convolution, nn.Conv2d) and _foldable(norm):
+        if used_once and _is_plainly(nn.Conv2d, convolution) and _is_plainly(nn.BatchNorm2d, norm) and _has_statistics(norm):
             _fold(convolution, norm)
             parent, _, name = str(node.target).rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Identity())
@@ -44,8 +45,14 @@ def fold_batch_norms(model: nn.Module) -> int:
     return folded
 
 
-def _foldable(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+def _is_plainly(kind: type[nn.Module], module: nn.Module) -> bool:
+    """Whether a module does what its class says: a subclass, a hook or a parametrization may do more (timm's norms do)."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked and not parametrize.is_parametrized(module)
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    return norm.running_mean is not None
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.Module) -> None:

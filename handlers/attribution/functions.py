@@ -1,9 +1,7 @@
 """Torch's functions as a model calls them: seen, replaced, and the operations that they are made of."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish", "softplus"),
     *("sigmoid", "hardsigmoid", "hardswish", "tanh", "clamp"),
 }
+ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "__rsub": "rsub", "expit": "sigmoid"}
+ALIASES |= dict.fromkeys(("clip", "clamp_min", "clamp_max"), "clamp")
 # What autograd calls them, and what it calls the operations that are linear in all that they join.
 ACTIVATION_NODES = {
     *("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "Elu", "Silu", "Gelu", "Mish", "Softplus"),
@@ -72,7 +72,8 @@ class _Replacing(TorchFunctionMode):
         self._replacements = replacements
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = Call(getattr(func, "__name__", "").rstrip("_"), func, args, kwargs or {})
+        name = getattr(func, "__name__", "").rstrip("_")
+        call = Call(ALIASES.get(name, name), func, args, kwargs or {})
         replacement = self._replacements.get(call.name)
         if replacement is not None and any(isinstance(v, Tensor) and v.requires_grad for v in call.kwargs.values()):
             raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")
@@ -89,14 +90,20 @@ def replacing(model: nn.Module, replacements: Callable[[], Mapping[str, Callable
 
     A function is found whatever form it has: a module, one used several times, in place, or called as a function.
     """
-    changed = copy.copy(model)
-    changed.forward = partial(_forward, model, replacements)
-    return changed
+    return _Replaced(model, replacements)
 
 
-def _forward(model: nn.Module, replacements: Callable[[], Mapping[str, Callable[[Call], Any]]], x: Tensor) -> Any:
-    with _Replacing(replacements()):
-        return model(x)
+class _Replaced(nn.Module):
+    """A model whose functions are replaced; its own hooks run once, as in the model."""
+
+    def __init__(self, model: nn.Module, replacements: Callable[[], Mapping[str, Callable[[Call], Any]]]) -> None:
+        super().__init__()
+        self._model = [model]  # not a child: whose modules they are stays as it is
+        self._replacements = replacements
+
+    def forward(self, x: Tensor) -> Any:
+        with _Replacing(self._replacements()):
+            return self._model[0](x)
 
 
 def surrogate(value: Tensor, linear: Tensor) -> Tensor:
@@ -125,8 +132,16 @@ def _names(last: Any) -> Iterator[str]:
         before = [one for one, _ in node.next_functions if one is not None]
         waiting += before
         if before:
-            name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-            name = "Attention" if name.startswith("ScaledDotProduct") else name  # one for each device
+            name = _operation(node)
             joins = len(before) > 1 and name not in ("Cat", "Stack")
             divides = name == "Div" and node.next_functions[0][0] is None
             yield f"{name} of two" if joins else f"{name} by the image" if divides else name
+
+
+def _operation(node: Any) -> str:
+    """Return an operation's name; a function of the user's own keeps its whole name, which no rule knows."""
+    full = type(node).__name__
+    name = full.rstrip("0123456789").removesuffix("Backward") if full[-1].isdecimal() else full
+    if name.startswith("ScaledDotProduct"):
+        return "Attention"  # one for each device
+    return f"{name} of the batch" if getattr(node, "_saved_training", False) else name

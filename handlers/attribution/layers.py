@@ -36,7 +36,8 @@ def find_spatial_layers(model: nn.Module, example: Tensor) -> dict[str, Grid]:
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
-            grid = _grid(output, example) if isinstance(output, Tensor) else None
+            usable = isinstance(output, Tensor) and output.is_floating_point() and not output.is_inference()
+            grid = _grid(output, example) if usable else None
             if grid is not None and not isinstance(module, PASSING):
                 found.pop(name, None)  # a module called again finishes later
                 found[name] = grid

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from attribution.engine import Finished
+from attribution.errors import AttributionError
 from attribution.job import Job
 from attribution.methods import METHODS, Attribution
 from attribution.quality import Measured, Quality
@@ -69,7 +70,7 @@ class Explanation:
     target: Class
     parameters: Parameters
     picture: Picture
-    measured: dict[str, tuple[Quality, Finished[Measured]]] = field(default_factory=dict)
+    measured: dict[str, tuple[Quality, Finished[Measured] | AttributionError]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -104,7 +105,7 @@ class Explanation:
             "evaluations": self.explained.evaluations,
             "completeness_error": attribution.completeness_error,
             "baseline_score": attribution.baseline_score,
-            "quality": {name: finished.result.value for name, (_, finished) in self.measured.items()},
+            "quality": {name: _value(outcome) for name, (_, outcome) in self.measured.items()},
             "heatmap": {
                 "width": drawn.heatmap.width,
                 "height": drawn.heatmap.height,
@@ -239,8 +240,14 @@ def _as_float16(values: Map) -> dict[str, Any]:
     }
 
 
-def _details(quality: Quality, finished: Finished[Measured]) -> dict[str, Any]:
-    """Return what a quality was measured with, what it cost, and its curve if it has one."""
+def _value(outcome: Finished[Measured] | AttributionError) -> float | None:
+    return None if isinstance(outcome, AttributionError) else outcome.result.value
+
+
+def _details(quality: Quality, finished: Finished[Measured] | AttributionError) -> dict[str, Any]:
+    """Return what a quality was measured with, what it cost, its curve if it has one, or why it was not measured."""
+    if isinstance(finished, AttributionError):
+        return quality.settings() | {"reason": str(finished)}
     told = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
     curve = finished.result.curve
     return told if curve is None else told | {"curve": [round(point, 4) for point in curve]}

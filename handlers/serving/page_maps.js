@@ -28,7 +28,7 @@ function facts(explanation) {
   const rows = [["Explained", `${target.label}, ${percent(target.probability)}; score ${short(target.score)}`]];
   if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
   for (const [name, value] of Object.entries(quality ?? {})) {
-    rows.push([title(name), typeof value === "number" ? short(value) : told(value)]);
+    rows.push([title(name), value == null ? "not measured" : short(value)]);
   }
   rows.push(["Cost", `${evaluations} model ${evaluations === 1 ? "pass" : "passes"}, ${(milliseconds / 1000).toFixed(2)} s`]);
   const settings = Object.entries(parameters).map(([name, value]) => `${words(name)} ${told(value)}`);

@@ -43,7 +43,7 @@ Whole = Annotated[int, BeforeValidator(_without_bool)]
 Number = Annotated[float, BeforeValidator(_without_bool), Field(allow_inf_nan=False)]
 Target = Annotated[str | int, BeforeValidator(_without_bool)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
-QualityName = Annotated[str, Field(pattern=f"^({'|'.join(QUALITIES)})$")]
+QualityName = Annotated[str, Field(pattern=f"^({'|'.join(QUALITIES)}|all)$")]
 
 
 class Parameters(BaseModel):
@@ -70,7 +70,7 @@ class Parameters(BaseModel):
     reduction: Reduction | None = Field(None, description=_one_of(Reduction))
     composite: Composite | None = Field(None, description=_one_of(Composite))
     quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
-        (), description=f"one or more of {', '.join(QUALITIES)}", json_schema_extra={"enum": list(QUALITIES)}
+        (), description=f"one or more of {', '.join(QUALITIES)}, or 'all'", json_schema_extra={"enum": list(QUALITIES)}
     )
     seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     colormap: str | None = Field(
@@ -94,7 +94,7 @@ class Parameters(BaseModel):
 
     def qualities(self) -> dict[str, Quality]:
         """Return the qualities asked for."""
-        return {name: QUALITIES[name]() for name in self.quality}
+        return {name: QUALITIES[name]() for name in (QUALITIES if "all" in self.quality else self.quality)}
 
     def smoother(self) -> Smoothing | None:
         """Return the smoothing asked for."""
@@ -129,7 +129,7 @@ class Capabilities:
     """Which methods serve a classifier, and why the others do not."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self.refused = {name: why for name, method in METHODS.items() if (why := method.unsupported(classifier))}
+        self.refused = {name: why for name, method in METHODS.items() if (why := _refusal(method, classifier))}
         self.methods = [name for name in METHODS if name not in self.refused]
 
     def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
@@ -148,6 +148,12 @@ class Capabilities:
                 raise bad_request(f"score: {name} has no rule for the softmax; allowed: logit")
             chosen += suited if name == "all" else [name]
         return chosen
+
+
+def _refusal(method: type[Method], classifier: Classifier) -> str | None:
+    if method.needs_gradient and not classifier.differentiable:
+        return "no gradient leads from its logits to the image"
+    return method.unsupported(classifier)
 
 
 class Labels:

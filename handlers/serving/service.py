@@ -155,20 +155,17 @@ class Service:
             exchange.attempt(lambda exchange, plan=plan, found=found: self._collect(exchange, plan, found))  # type: ignore[misc]
 
     def _measure(self, exchanges: Sequence[Exchange], deadline: float) -> None:
-        """Measure the qualities that requests ask for, again together."""
+        """Measure the qualities that requests ask for, again together; one that cannot be takes no explanation with it."""
         asked = [
-            (exchange, explanation, name, Measurement(quality, explanation.job, explanation.explained.result))
+            (explanation, name, Measurement(quality, explanation.job, explanation.explained.result))
             for exchange in exchanges
             if exchange.finished is None
             for explanation in (explanation for image in exchange.explanations for explanation in image)
             for name, quality in explanation.parameters.qualities().items()
         ]
         outcomes = self._engine.run([measurement for *_, measurement in asked], deadline)
-        for (exchange, explanation, name, measurement), outcome in zip(asked, outcomes, strict=True):
-            if isinstance(outcome, AttributionError):
-                exchange.fail(from_engine(outcome))
-            else:
-                explanation.measured[name] = (measurement.quality, outcome)
+        for (explanation, name, measurement), outcome in zip(asked, outcomes, strict=True):
+            explanation.measured[name] = (measurement.quality, outcome)
 
     def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Finished[Attribution] | AttributionError]) -> None:
         explanations: list[Explanation] = []

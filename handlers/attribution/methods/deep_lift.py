@@ -1,8 +1,7 @@
 """DeepLIFT: contributions of the difference from a baseline, handed back through each operation by a rule."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,19 @@ class Rescale:
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, run on pairs."""
         rules = dict.fromkeys(ACTIVATIONS, _activation) | {"max_pool2d": _max_pool, "mul": _product}
-        changed = replacing(model, lambda: rules)
-        changed.forward = partial(_in_pairs, changed.forward)
-        return changed
+        return _InPairs(replacing(model, lambda: rules))
 
 
-def _in_pairs(forward: Any, pairs: Tensor) -> Tensor:
-    logits: Tensor = forward(torch.cat(pairs.chunk(2, dim=1)))
-    return logits[: len(pairs)]
+class _InPairs(nn.Module):
+    """Runs a model on images and baselines that lie in the channels of one row."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        logits: Tensor = self._model(torch.cat(pairs.chunk(2, dim=1)))
+        return logits[: len(pairs)]
 
 
 def _quotient(change: Tensor, step: Tensor, size: Tensor, otherwise: Tensor) -> Tensor:
@@ -119,4 +123,7 @@ class DeepLift(Method):
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:
         unruled = sorted(classifier.operations - RULED)
-        return f"DeepLIFT has no rule for {', '.join(unruled)}" if unruled else None
+        if unruled:
+            return f"DeepLIFT has no rule for {', '.join(unruled)}"
+        pair = torch.cat([classifier.example, classifier.example], 1)
+        return classifier.refusal(Rescale(), pair, ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two"})

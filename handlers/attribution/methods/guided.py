@@ -34,8 +34,9 @@ class Guided(Method):
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:
-        relus = {"Relu", "Hardtanh"}
-        return None if relus & classifier.operations else "it has no ReLU to guide the gradient through"
+        if not {"Relu", "Hardtanh"} & classifier.operations:
+            return "it has no ReLU to guide the gradient through"
+        return classifier.refusal(GuidedRelus(), classifier.example)
 
 
 @register("guided_backprop")

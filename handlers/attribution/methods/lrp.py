@@ -19,7 +19,10 @@ STABILIZER = 1e-6
 GAMMA = 0.25
 LAYERS = ("conv2d", "linear")
 POOLINGS = ("avg_pool2d", "adaptive_avg_pool2d", "mean", "sum")
-UNRULED = ("matmul", "mm", "bmm", "einsum")  # which autograd cannot tell from a linear layer
+UNRULED = (  # which autograd cannot tell from a linear layer or a convolution
+    *("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum", "addmm", "addmv", "baddbmm", "convolution"),
+    *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
 
 
 class Composite(StrEnum):
@@ -102,7 +105,11 @@ class Relevance:
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, their functions with other gradients."""
         shared = dict.fromkeys((*ACTIVATIONS, "batch_norm"), _pass) | dict.fromkeys(POOLINGS, _in_proportion)
-        shared |= {"add": _sum, "mul": _product, "div": _pass} | dict.fromkeys(UNRULED, _refuse)
+        shared |= (
+            {"add": _sum, "mul": _product}
+            | dict.fromkeys(("div", "neg", "sub", "rsub"), _pass)
+            | dict.fromkeys(UNRULED, _refuse)
+        )
         return replacing(model, lambda: shared | dict.fromkeys(LAYERS, _Layers(self)))
 
     def parts(self, call: Call, first: bool) -> tuple[_Part, ...]:
@@ -129,14 +136,14 @@ class _Layers:
 
     def __call__(self, call: Call) -> Tensor:
         x = call.inputs[0]
-        weight, bias, *rest = _parameters(call)
+        weight, bias, options = _parameters(call)
         parts = self._relevance.parts(call, self._first)
         self._first = self._first and call.name == "linear"
         output = call.value()
 
         def run(term: _Term, at: Tensor) -> Tensor:
             own_bias = term.parameter(bias) if bias is not None and term.bias else None
-            answer: Tensor = call.function(at, term.parameter(weight), own_bias, *rest)
+            answer: Tensor = call.function(at, term.parameter(weight), own_bias, **options)
             return term.sign * answer
 
         linear = torch.zeros_like(output)
@@ -149,12 +156,11 @@ class _Layers:
         return surrogate(output, linear)
 
 
-def _parameters(call: Call) -> list[Any]:
+def _parameters(call: Call) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Return a layer's weight, bias and options, however they were given."""
     names = ("weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
-    options = [given[name] for name in names[2:] if name in given]
-    return [given["weight"], given.get("bias"), *options]
+    return given.pop("weight"), given.pop("bias", None), given
 
 
 def _stable(x: Tensor) -> Tensor:
@@ -221,7 +227,8 @@ class LayerwiseRelevance(Method):
         unruled = sorted(classifier.operations - RULED)
         if unruled:
             return f"LRP has no rule for {', '.join(unruled)}"
-        return classifier.refusal(relevance(classifier, Composite.EPSILON_PLUS))
+        rule = relevance(classifier, Composite.EPSILON_PLUS)
+        return classifier.refusal(rule, classifier.example, ACTIVATION_NODES | {"Mul of two"})
 
 
 def relevance(classifier: Classifier, composite: Composite) -> Relevance:

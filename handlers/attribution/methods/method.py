@@ -95,6 +95,7 @@ class Method:
 
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
     explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax
+    needs_gradient: ClassVar[bool] = True  # False: the model's answers suffice
     adaptive: ClassVar[bool] = False  # True: it decides within `case.budget` how many rows it takes
 
     def evaluations(self, classifier: Classifier) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Occlusion(Method):
     map[y, x] = mean over the windows w that cover it of F(x) - F(x hidden in w), signed; arXiv:1311.2901,
     section 4.2. A window is an eighth of the image wide and high, and moves by half of that.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
 
@@ -74,6 +77,8 @@ class Rise(Method):
     map[p] = sum_i M_i(p) F(x under M_i) / sum_i M_i(p) - mean_i F(x under M_i), signed; M_i is 7 x 7 random cells, half of
     them shown, enlarged and shifted; arXiv:1806.07421, equation 6, by each pixel's own sum, less the mean score.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
     samples: int = 300

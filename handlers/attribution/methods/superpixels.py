@@ -1,6 +1,7 @@
 """Surrogates over superpixels: a linear model of the score with regions of the image hidden; forward rows alone."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ class Lime(Method):
     whole image; arXiv:1602.04938, equation 1. A region's pixels share its weight, signed.
     """
 
+    needs_gradient: ClassVar[bool] = False
+
     baseline: Baseline = Baseline.BLACK
     samples: int = 200
 
@@ -91,6 +94,8 @@ class KernelShap(Method):
     that the values sum to F(x) - F(b); arXiv:1705.07874, theorem 2; the pairs arXiv:2012.01536. A region's pixels share
     its value, signed.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
     samples: int = 200
