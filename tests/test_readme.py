@@ -84,6 +84,12 @@ def test_the_second_curl_answers_what_the_readme_says(server, tmp_path):
     assert keys == set(re.findall(r'"(\w+)":', json.dumps(answer)))
 
 
+def test_the_curl_with_a_quality_answers_it(server, tmp_path):
+    command = next(c for c in COMMANDS if "quality=" in c)
+    (one,) = json.loads(run(command, server, tmp_path))["explanations"]
+    assert set(one["quality"]) == {"deletion", "insertion"} and 0 < one["quality"]["deletion"] < one["quality"]["insertion"]
+
+
 def test_the_third_curl_writes_a_picture(server, tmp_path):
     run(next(c for c in COMMANDS if "why.png" in c), server, tmp_path)
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
