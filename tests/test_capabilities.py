@@ -55,6 +55,7 @@ def test_the_report_tells_every_parameter_with_what_is_allowed():
 
 def test_a_list_of_known_names_is_told_as_choices():
     assert report()["parameters"]["quality"].items() >= {"kind": "choices", "allowed": list(QUALITIES), "default": []}.items()
+    assert all("is better" in meaning for meaning in report()["qualities"].values())
 
 
 def test_the_report_holds_the_archives_defaults_layers_labels_and_colours():

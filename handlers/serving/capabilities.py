@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from attribution.methods import METHODS, Smoothing
+from attribution.quality import QUALITIES
 from serving.colormaps import COLORMAPS, table
 from serving.parameters import Capabilities, Labels, Parameters
 
@@ -26,6 +27,7 @@ def capability_report(
         "methods": [_method(name) for name in capabilities.methods],
         "refused": capabilities.refused,
         "parameters": _parameters(defaults),
+        "qualities": {name: first_sentence(quality) for name, quality in QUALITIES.items()},
         "layers": layers,
         "labels": labels.names,
         "colormaps": {name: _stops(name) for name in COLORMAPS},

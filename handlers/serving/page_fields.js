@@ -19,7 +19,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 function described(element, ...texts) {
-  element.setAttribute("aria-describedby", texts.map((text) => text.id).join(" "));
+  if (texts.length) element.setAttribute("aria-describedby", texts.map((text) => text.id).join(" "));
   return element;
 }
 
@@ -74,7 +74,9 @@ function text(name, parameter, id) {
 function choices(name, parameter) {
   const boxes = parameter.allowed.map((value) => {
     const checked = (parameter.default ?? []).includes(value);
-    return make("label", { className: "choice" }, make("input", { type: "checkbox", name, value, checked }), words(value));
+    const box = make("input", { type: "checkbox", name, value, checked });
+    const meaning = make("small", { textContent: report.qualities[value] ?? "" });
+    return make("label", { className: "choice" }, box, words(value), meaning);
   });
   return make("fieldset", {}, make("legend", { textContent: title(name) }), ...boxes);
 }
@@ -83,10 +85,11 @@ const CONTROLS = { choice, flag: choice, choices, number, whole: number, text };
 
 function fieldRow(name, parameter) {
   const id = `field-${name}`;
-  const hint = make("small", { id: `${id}-hint`, textContent: parameter.description });
-  const control = described((CONTROLS[parameter.kind] ?? text)(name, parameter, id), hint);
+  // What is allowed stands in the choices themselves.
+  const hint = parameter.allowed ? [] : [make("small", { id: `${id}-hint`, textContent: parameter.description })];
+  const control = described((CONTROLS[parameter.kind] ?? text)(name, parameter, id), ...hint);
   const label = parameter.kind === "choices" ? [] : [make("label", { htmlFor: id, textContent: title(name) })];
-  const row = make("div", { className: "field" }, ...label, control, hint);
+  const row = make("div", { className: "field" }, ...label, control, ...hint);
   row.dataset.parameter = name;
   return row;
 }

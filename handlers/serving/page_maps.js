@@ -28,7 +28,7 @@ function facts(explanation) {
   const rows = [["Explained", `${target.label}, ${percent(target.probability)}; score ${short(target.score)}`]];
   if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
   for (const [name, value] of Object.entries(quality ?? {})) {
-    rows.push([title(name), value == null ? "not measured" : short(value)]);
+    rows.push([title(name), value == null ? "not measured" : `${short(value)}. ${report.qualities[name] ?? ""}`]);
   }
   rows.push(["Cost", `${evaluations} model ${evaluations === 1 ? "pass" : "passes"}, ${(milliseconds / 1000).toFixed(2)} s`]);
   const settings = Object.entries(parameters).map(([name, value]) => `${words(name)} ${told(value)}`);
@@ -43,7 +43,8 @@ function curves(details) {
     const points = curve.map((value, place) => `${(100 * place) / (curve.length - 1)},${50 - 50 * value}`);
     find("polyline", drawn).setAttribute("points", points.join(" "));
     find("svg", drawn).setAttribute("aria-label", `${words(name)}: from ${short(curve[0])} to ${short(curve.at(-1))}`);
-    find("figcaption", drawn).textContent = words(name);
+    const ends = [curve[0], curve.at(-1)].map(percent).join(" to ");
+    find("figcaption", drawn).textContent = `${title(name)}: the target's probability, ${ends}`;
     return drawn;
   });
 }
