@@ -41,7 +41,7 @@ def medians(records: Iterable[Record]) -> dict[str, dict[str, float]]:
 
 
 def markdown(records: Iterable[Record]) -> str:
-    """Return the table; the eight of the report stand first and are marked."""
+    """Return the table; the eight stand first and are marked."""
     eight = {technique.name for technique in EIGHT}
     head = ["technique", *(f"{title} ({better} is better)" if better else title for title, _, _, better in COLUMNS)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

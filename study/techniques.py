@@ -24,7 +24,7 @@ class Technique:
     smoothing: Smoothing | None = None
 
 
-# Report 2 of the project compares these on ResNet-18: Integrated Gradients three times, and five others.
+# Those that docs/study compares with a report on ResNet-18: Integrated Gradients three times, and five others.
 EIGHT = (
     Technique("integrated_gradients", IntegratedGradients()),
     Technique("integrated_gradients smoothgrad_sq", IntegratedGradients(), Smoothing(Kind.SMOOTHGRAD_SQ, COPIES)),

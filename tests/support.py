@@ -1,4 +1,4 @@
-"""The architectures that the reports used, and the README's table of what serves them; run, it writes the table anew."""
+"""The architectures that are checked, and the README's table of what serves them; run, it writes the table anew."""
 
 import re
 import warnings
@@ -21,7 +21,7 @@ BEGIN, END = "<!-- architectures: written by 'make support' -->\n", "<!-- end --
 
 
 class PlainCnn(nn.Sequential):
-    """Report 3's: three convolutions with pooling and dropout."""
+    """Three convolutions with pooling and dropout."""
 
     def __init__(self) -> None:
         widths = (3, 16, 32, 64)
