@@ -6,7 +6,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from serving.images import FORMATS, Picture, read_picture
 from serving.loading import load_classifier
 from serving.settings import Preprocessing, read_settings
 from serving.settings import Settings as ArchiveSettings
-from study.measure import Photo, Settings, large_engine, make_grids, measure_grid, measure_photo, read_photo
+from study.measure import PACK, Photo, Settings, make_grids, measure_grid, measure_photo, read_photo
 from study.tables import Record, markdown, montage, write_csv
 from study.techniques import Technique, techniques
 
@@ -44,7 +44,7 @@ def load(name: str, scale: int = 1) -> tuple[Engine, Preprocessing]:
         larger = settings.preprocessing.model_copy(update={"crop": (scale * height, scale * width)})
         device = "cuda" if torch.cuda.is_available() else "cpu"
         classifier, _ = load_classifier(Path(folder), settings.model_copy(update={"preprocessing": larger}), device)
-    return large_engine(classifier), settings.preprocessing
+    return Engine(classifier, PACK), settings.preprocessing
 
 
 def pictures(folder: Path | None, preprocessing: Preprocessing) -> Iterator[tuple[str, Picture]]:
@@ -61,7 +61,7 @@ class Records:
 
     def __init__(self, path: Path, name: str, photos: list[Photo], settings: Settings) -> None:
         self._path = path
-        told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": settings.as_json()}
+        told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": asdict(settings)}
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if not lines or lines[0] != json.loads(json.dumps(told)):  # another study
             lines = [told]
@@ -110,13 +110,13 @@ def draw(engine: Engine, picture: Picture, path: Path) -> None:
     """Draw the montage of one photo."""
     photo = read_photo("", picture.input, engine)
     case = Case(engine.classifier, photo.input, photo.target, known_score=photo.score)
-    jobs = [Job(technique.method, case, technique.smoothing) for technique in techniques(engine.classifier)]
-    names = [technique.name for technique in techniques(engine.classifier)]
+    chosen = list(techniques(engine.classifier))
+    jobs = [Job(technique.method, case, technique.smoothing) for technique in chosen]
     maps = []
-    for name, job, outcome in zip(names, jobs, engine.run(jobs), strict=True):
+    for technique, job, outcome in zip(chosen, jobs, engine.run(jobs), strict=True):
         if isinstance(outcome, Exception):
             raise outcome
-        maps.append((name, outcome.result.map.sum(0).float().cpu().numpy(), job.signed))
+        maps.append((technique.name, outcome.result.map.sum(0).float().cpu().numpy(), job.signed))
     montage(picture.seen, maps).save(path)
 
 

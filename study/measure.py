@@ -2,22 +2,22 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import nan
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier
 from attribution.engine import Engine, Finished
 from attribution.errors import AttributionError
 from attribution.job import Job
-from attribution.methods import Attribution, Case
+from attribution.methods import Case
 from attribution.quality import Deletion, Infidelity, Insertion, MaxSensitivity, Measurement, Quality
 from study.techniques import Technique
 
 PACK = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,6 @@ class Settings:
     max_sensitivity: MaxSensitivity = field(default_factory=lambda: MaxSensitivity(samples=5))
     disturbed: int = 4  # photos that max sensitivity is measured on: it repeats each explanation
     grids: int = 3  # of 2 x 2 photos
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the settings ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def measure_photo(engine: Engine, technique: Technique, photo: Photo, settings: 
     case = Case(engine.classifier, photo.input, photo.target, known_score=photo.score)
     job = Job(technique.method, case, technique.smoothing)
     began = time.perf_counter()
-    finished = _run(engine, job)
+    finished = _only(engine.run([job]))
     milliseconds = 1000 * (time.perf_counter() - began)
     qualities: dict[str, Quality] = {
         "infidelity": settings.infidelity,
@@ -69,7 +65,7 @@ def measure_photo(engine: Engine, technique: Technique, photo: Photo, settings: 
     if disturbed:
         qualities["max_sensitivity"] = settings.max_sensitivity
     measured = engine.run([Measurement(quality, job, finished.result) for quality in qualities.values()])
-    values = {name: _value(outcome) for name, outcome in zip(qualities, measured, strict=True)}
+    values = {name: _only([outcome]).result.value for name, outcome in zip(qualities, measured, strict=True)}
     return {
         "photo": photo.name,
         "technique": technique.name,
@@ -94,9 +90,8 @@ def make_grids(photos: Sequence[Photo], count: int) -> Iterator[tuple[str, Tenso
 def measure_grid(engine: Engine, technique: Technique, name: str, image: Tensor, target: int, cell: int) -> dict[str, Any]:
     """Explain a grid for one cell's class; return the share of positive attribution in that cell (arXiv:2205.10435)."""
     score = float(engine.logits([image])[0][target])
-    finished = _run(
-        engine, Job(technique.method, Case(engine.classifier, image, target, known_score=score), technique.smoothing)
-    )
+    case = Case(engine.classifier, image, target, known_score=score)
+    finished = _only(engine.run([Job(technique.method, case, technique.smoothing)]))
     return {"photo": name, "technique": technique.name, "localisation": share_in_cell(finished.result.map, cell)}
 
 
@@ -109,20 +104,9 @@ def share_in_cell(attribution: Tensor, cell: int) -> float:
     return float(inside / positive.sum()) if float(positive.sum()) else nan
 
 
-def large_engine(classifier: Classifier) -> Engine:
-    """Return the engine that the study runs on."""
-    return Engine(classifier, PACK)
-
-
-def _run(engine: Engine, job: Job) -> Finished[Attribution]:
-    (outcome,) = engine.run([job])
+def _only(outcomes: Sequence[Finished[T] | AttributionError]) -> Finished[T]:
+    """Return the one outcome; raises it where it is an error."""
+    (outcome,) = outcomes
     if isinstance(outcome, AttributionError):
         raise outcome
     return outcome
-
-
-def _value(outcome: Any) -> float:
-    if isinstance(outcome, AttributionError):
-        raise outcome
-    value: float = outcome.result.value
-    return value

@@ -10,8 +10,9 @@ from conftest import NORMALIZATION
 from PIL import Image
 
 from attribution.classifier import Classifier
+from attribution.engine import Engine
 from study.__main__ import Records, run
-from study.measure import Settings, large_engine, make_grids, read_photo, share_in_cell
+from study.measure import PACK, Settings, make_grids, read_photo, share_in_cell
 from study.tables import COLUMNS, markdown, medians, montage, write_csv
 from study.techniques import EIGHT, techniques
 
@@ -20,7 +21,7 @@ SIDE = 32
 
 @pytest.fixture
 def engines(model):
-    return [large_engine(Classifier(model.float(), NORMALIZATION, (side, side))) for side in (SIDE, 2 * SIDE)]
+    return [Engine(Classifier(model.float(), NORMALIZATION, (side, side)), PACK) for side in (SIDE, 2 * SIDE)]
 
 
 @pytest.fixture

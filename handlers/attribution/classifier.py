@@ -65,7 +65,7 @@ class Classifier:
         self.classes = self._count_classes()
         self._check_rows()
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
-        self.spatial_layers = self._heard(self.spatial_layers)
+        self.spatial_layers = self._heard()
         self.operations = operations(self._model, self.example)
         # A few rules at a time: each holds changed layers, and a client chooses their parameters.
         self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
@@ -146,9 +146,9 @@ class Classifier:
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _heard(self, layers: dict[str, Grid]) -> dict[str, Grid]:
+    def _heard(self) -> dict[str, Grid]:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
-        noise = self._noise(self.normalization, self.example.shape[-2:])[:1]
+        layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
         found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
         heard = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
         return heard or layers  # a head of zeros, before any training, listens to none
@@ -182,8 +182,8 @@ def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
     noise = noise.to(next((p for p in copied.parameters()), noise))
     with torch.no_grad():
         expected = copied(noise[:1].clone())
-        folded = fold_batch_norms(copied.requires_grad_(False))
-        copied.requires_grad_(False)
+        folded = fold_batch_norms(copied)
+        copied.requires_grad_(False)  # the folded weights are new
         if not folded or not isinstance(expected, Tensor) or _alike(expected, copied(noise[:1].clone())):
             return copied, folded
     log.warning("batch norms are not folded: the model would not answer as before")

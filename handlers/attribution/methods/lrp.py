@@ -19,6 +19,7 @@ STABILIZER = 1e-6
 GAMMA = 0.25
 LAYERS = ("conv2d", "linear")
 POOLINGS = ("avg_pool2d", "adaptive_avg_pool2d", "mean", "sum")
+AFFINE = ("batch_norm", "div", "neg", "sub", "rsub")
 UNRULED = (  # which autograd cannot tell from a linear layer or a convolution
     *("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum", "addmm", "addmv", "baddbmm", "convolution"),
     *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -104,12 +105,8 @@ class Relevance:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, their functions with other gradients."""
-        shared = dict.fromkeys((*ACTIVATIONS, "batch_norm"), _pass) | dict.fromkeys(POOLINGS, _in_proportion)
-        shared |= (
-            {"add": _sum, "mul": _product}
-            | dict.fromkeys(("div", "neg", "sub", "rsub"), _pass)
-            | dict.fromkeys(UNRULED, _refuse)
-        )
+        shared = dict.fromkeys(ACTIVATIONS, _pass) | dict.fromkeys(POOLINGS, _in_proportion)
+        shared |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(UNRULED, _refuse) | {"add": _sum, "mul": _product}
         return replacing(model, lambda: shared | dict.fromkeys(LAYERS, _Layers(self)))
 
     def parts(self, call: Call, first: bool) -> tuple[_Part, ...]:
