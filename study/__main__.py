@@ -83,7 +83,7 @@ class Records:
 def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: Settings, records: Records) -> None:
     """Measure what has not been measured."""
     chosen = list(techniques(engine.classifier))
-    every = max(1, len(photos) // settings.disturbed)
+    every = max(1, len(photos) // max(1, settings.disturbed))
     disturbed = {photo.name for photo in photos[::every][: settings.disturbed]}
     grids = list(make_grids(photos, settings.grids)) if large is not None else []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
