@@ -4,7 +4,7 @@ NAME ?= imagenet
 RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
-.PHONY: serve test demo study support lint setup clean
+.PHONY: serve test demo study bench support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m deploy.serve $(NAME)
@@ -20,6 +20,9 @@ support: setup  ## write the README's table of architectures anew
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
 	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))
+
+bench: setup  ## the engine beside Captum, pytorch-grad-cam and zennit, on one core; writes run/bench/
+	@taskset -c 0 $(RUN) -m bench $(if $(QUICK),--quick)
 
 lint: setup  ## style and types
 	@$(RUN) -m ruff check .

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ts.metrics.metric_type_enum import MetricTypes
 
+from attribution.memory import keep_freed_memory
 from serving.loading import load_classifier
 from serving.service import Exchange, Row, Service
 from serving.settings import read_settings
@@ -34,6 +35,7 @@ class ExplainHandler:
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
         settings = read_settings(context.model_yaml_config or {})
         torch.backends.cudnn.allow_tf32 = False  # a gradient loses too much in ten bits
+        keep_freed_memory()
         # Workers that each take every core slow each other down.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.maxWorkers))
         classifier, labels = load_classifier(Path(properties["model_dir"]), settings, device)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attribution.engine import Engine
 from attribution.job import Job
+from attribution.memory import keep_freed_memory
 from attribution.methods import Case
 from deploy import ROOT
 from deploy.archive import Refused
@@ -113,10 +114,8 @@ def draw(engine: Engine, picture: Picture, path: Path) -> None:
     chosen = list(techniques(engine.classifier))
     jobs = [Job(technique.method, case, technique.smoothing) for technique in chosen]
     maps = []
-    for technique, job, outcome in zip(chosen, jobs, engine.run(jobs), strict=True):
-        if isinstance(outcome, Exception):
-            raise outcome
-        maps.append((technique.name, outcome.result.map.sum(0).float().cpu().numpy(), job.signed))
+    for technique, job, finished in zip(chosen, jobs, engine.results(jobs), strict=True):
+        maps.append((technique.name, finished.result.map.sum(0).float().cpu().numpy(), job.signed))
     montage(picture.seen, maps).save(path)
 
 
@@ -135,6 +134,7 @@ def main() -> int:
     except Refused as reason:
         print(f"study: {reason}", file=sys.stderr)
         return 1
+    keep_freed_memory()
     console = Console()
     try:
         large: Engine | None = load(options.name, 2)[0]

@@ -4,20 +4,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attribution.engine import Engine, Finished
-from attribution.errors import AttributionError
+from attribution.engine import Engine
 from attribution.job import Job
 from attribution.methods import Case
 from attribution.quality import Deletion, Infidelity, Insertion, MaxSensitivity, Measurement, Quality
 from study.techniques import Technique
 
 PACK = 16
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def measure_photo(engine: Engine, technique: Technique, photo: Photo, settings: 
     case = Case(engine.classifier, photo.input, photo.target, known_score=photo.score)
     job = Job(technique.method, case, technique.smoothing)
     began = time.perf_counter()
-    finished = _only(engine.run([job]))
+    (finished,) = engine.results([job])
     milliseconds = 1000 * (time.perf_counter() - began)
     qualities: dict[str, Quality] = {
         "infidelity": settings.infidelity,
@@ -64,8 +62,8 @@ def measure_photo(engine: Engine, technique: Technique, photo: Photo, settings: 
     }
     if disturbed:
         qualities["max_sensitivity"] = settings.max_sensitivity
-    measured = engine.run([Measurement(quality, job, finished.result) for quality in qualities.values()])
-    values = {name: _only([outcome]).result.value for name, outcome in zip(qualities, measured, strict=True)}
+    measured = engine.results([Measurement(quality, job, finished.result) for quality in qualities.values()])
+    values = {name: one.result.value for name, one in zip(qualities, measured, strict=True)}
     return {
         "photo": photo.name,
         "technique": technique.name,
@@ -91,7 +89,7 @@ def measure_grid(engine: Engine, technique: Technique, name: str, image: Tensor,
     """Explain a grid for one cell's class; return the share of positive attribution in that cell (arXiv:2205.10435)."""
     score = float(engine.logits([image])[0][target])
     case = Case(engine.classifier, image, target, known_score=score)
-    finished = _only(engine.run([Job(technique.method, case, technique.smoothing)]))
+    (finished,) = engine.results([Job(technique.method, case, technique.smoothing)])
     return {"photo": name, "technique": technique.name, "localisation": share_in_cell(finished.result.map, cell)}
 
 
@@ -102,11 +100,3 @@ def share_in_cell(attribution: Tensor, cell: int) -> float:
     row, column = divmod(cell, 2)
     inside = positive[row * height : (row + 1) * height, column * width : (column + 1) * width].sum()
     return float(inside / positive.sum()) if float(positive.sum()) else nan
-
-
-def _only(outcomes: Sequence[Finished[T] | AttributionError]) -> Finished[T]:
-    """Return the one outcome; raises it where it is an error."""
-    (outcome,) = outcomes
-    if isinstance(outcome, AttributionError):
-        raise outcome
-    return outcome

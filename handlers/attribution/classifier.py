@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from attribution.errors import Unsupported
 from attribution.folding import fold_batch_norms
 from attribution.functions import operations
 from attribution.layers import Grid, find_spatial_layers
-from attribution.rows import Evaluation, Layer, Rule, Score
+from attribution.rows import Evaluation, Gradients, Layer, Rule, Score
+from attribution.stem import find_stem, passing
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Classifier:
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
         self.classes = self._count_classes()
         self._check_rows()
+        self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
         self.spatial_layers = self._heard()
         self.operations = operations(self._model, self.example)
@@ -98,23 +101,37 @@ class Classifier:
         scores: Sequence[Score],
         *,
         gradient: bool = False,
+        each: bool = True,
         layers: Sequence[str] = (),
         rule: Rule | None = None,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
-        With layers alone the backward pass goes no further than the first of them.
+        Without `each` the gradients to the input are known as weighted sums only. With layers alone the backward pass
+        goes no further than the first of them.
         """
         model = self._model if rule is None else self._changed(rule)
+        stem = self._stem if rule is None and gradient else None
         x = self._placed(inputs).detach().requires_grad_(gradient)
-        with torch.set_grad_enabled(gradient or bool(layers)), _captured(model, layers) as outputs:
+        with (
+            torch.set_grad_enabled(gradient or bool(layers)),
+            passing(model, stem) as edges,
+            _captured(model, layers) as outputs,
+        ):
             selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
-        wanted = ([x] if gradient else []) + [outputs[name] for name in layers]
-        gradients = list(_gradients(selected, wanted)) if wanted else []
-        to_input = gradients.pop(0) if gradient else None
+        early: Sequence[Tensor | GradientEdge] = (tuple(edges) or (x,)) if gradient else ()
+        gradients = _gradients(selected, [*early, *(outputs[name] for name in layers)])
+        found = None
+        if gradient and stem is not None:
+            at_stem = gradients.pop(0)
+            to_input = torch.autograd.grad(edges[0], x, at_stem)[0] if each else None
+            found = Gradients(to_input, at_stem, stem.pull)
+        elif gradient:
+            to_input = gradients.pop(0)
+            found = Gradients(to_input, to_input, lambda gradient: gradient)
         return Evaluation(
             selected.detach(),
-            to_input,
+            found,
             {
                 name: Layer(*(self.spatial_layers[name].channels_first(t) for t in (outputs[name].detach(), to_layer)))
                 for name, to_layer in zip(layers, gradients, strict=True)
@@ -206,12 +223,13 @@ def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> 
     return torch.where(as_probability, logits.softmax(1).gather(1, index)[:, 0], chosen)
 
 
-def _gradients(selected: Tensor, wanted: list[Tensor]) -> Iterator[Tensor]:
+def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor]:
     """Return the gradient of the summed scores to each tensor; zeros where the scores do not depend on it."""
-    if not selected.requires_grad:
-        return iter([torch.zeros_like(tensor) for tensor in wanted])
-    found = torch.autograd.grad(selected, wanted, torch.ones_like(selected), allow_unused=True)
-    return (torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))
+    tensors = [tensor for tensor in wanted if isinstance(tensor, Tensor)]
+    if not selected.requires_grad or not wanted:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    found = torch.autograd.grad(selected, wanted, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
 
 @contextmanager

@@ -144,6 +144,15 @@ class Engine:
                 self._pass(self._fill(live), deadline, live)
         return [task.outcome for task in tasks if task.outcome is not None]
 
+    def results(self, works: Sequence[Work[T]]) -> list[Finished[T]]:
+        """Return each work's result; raises the first AttributionError met."""
+        finished: list[Finished[T]] = []
+        for outcome in self.run(works):
+            if isinstance(outcome, AttributionError):
+                raise outcome
+            finished.append(outcome)
+        return finished
+
     def _go_on(self, tasks: Sequence[_Task[T]], deadline: float) -> None:
         """Let tasks reduce what they have; some take their time over it, so the clock is looked at before each."""
         for task in tasks:
@@ -192,6 +201,7 @@ class Engine:
             [part.block.rows.target for part in slices for _ in range(part.count)],
             [part.block.rows.score for part in slices for _ in range(part.count)],
             gradient=any(part.block.rows.gradient for part in slices),
+            each=any(part.block.rows.gradient and not part.block.rows.summed for part in slices),
             layers=sorted({layer for part in slices for layer in part.block.rows.layers}),
             rule=first.rule,
         )

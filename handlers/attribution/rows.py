@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -41,18 +42,50 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """Gradients of the scores of some rows: `each` [n, C, H, W], unless nobody wants more than a sum of them.
+
+    `early` [n, ...] are gradients where the image has come no further than through linear steps, and `pull` takes
+    one of them, [...], the rest of the way to the image, [C, H, W].
+    """
+
+    each: Tensor | None
+    early: Tensor
+    pull: Callable[[Tensor], Tensor]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Return the sum [C, H, W] of the rows' gradients, each times its weight [n]."""
+        return self.pull(torch.tensordot(weights, self.early, 1))
+
+    def slice(self, start: int, stop: int) -> "Gradients":
+        """The rows `start` to `stop` alone."""
+        return Gradients(None if self.each is None else self.each[start:stop], self.early[start:stop], self.pull)
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What a pass says of some rows: `scores` [n], `gradients` [n, C, H, W] of the score, and layers by name."""
+    """What a pass says of some rows: `scores` [n], their gradients, and layers by name."""
 
     scores: Tensor
-    gradients: Tensor | None
+    found: Gradients | None
     layers: dict[str, Layer]
+
+    @property
+    def gradients(self) -> Tensor:
+        """The gradients [n, C, H, W] of the scores, where rows asked for each."""
+        assert self.found is not None and self.found.each is not None
+        return self.found.each
+
+    def weighted_gradient(self, weights: Tensor) -> Tensor:
+        """Return the sum [C, H, W] of the gradients, each times its weight [n], where rows asked for gradients."""
+        assert self.found is not None
+        return self.found.weighted(weights)
 
     def slice(self, start: int, stop: int) -> "Evaluation":
         """The rows `start` to `stop` alone."""
         return Evaluation(
             self.scores[start:stop],
-            None if self.gradients is None else self.gradients[start:stop],
+            None if self.found is None else self.found.slice(start, stop),
             {name: Layer(layer.activation[start:stop], layer.gradient[start:stop]) for name, layer in self.layers.items()},
         )
 
@@ -63,8 +96,9 @@ class Rows:
 
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
-    takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. `passes` is
-    how many of the model's own evaluations one row costs.
+    takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. With `summed` it
+    takes the gradients as weighted sums alone, which cost less. `passes` is how many of the model's own evaluations
+    one row costs.
     """
 
     count: int
@@ -73,6 +107,7 @@ class Rows:
     target: int
     score: Score
     gradient: bool = True
+    summed: bool = False
     layers: tuple[str, ...] = ()
     rule: Rule | None = None
     passes: int = 1

@@ -109,7 +109,6 @@ class DeepLift(Method):
         ends: list[float] = []
 
         def keep(_start: int, evaluation: Evaluation) -> None:
-            assert evaluation.gradients is not None
             found.append(evaluation.gradients[0, : len(case.input)])
 
         pair = torch.cat([case.input, baseline])[None]

@@ -13,7 +13,6 @@ def gradient_row(case: Case, found: list[Tensor], rule: Rule | None = None) -> R
     """Ask for one row's gradient [C, H, W] of the case's score with respect to its input, to be put into `found`."""
 
     def keep(_start: int, evaluation: Evaluation) -> None:
-        assert evaluation.gradients is not None
         found.append(evaluation.gradients[0])
 
     return case.rows(1, lambda _start, _stop: case.input[None], keep, rule=rule)

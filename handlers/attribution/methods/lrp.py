@@ -213,7 +213,6 @@ class LayerwiseRelevance(Method):
         found: list[Tensor] = []
 
         def keep(_start: int, evaluation: Evaluation) -> None:
-            assert evaluation.gradients is not None
             found.append(evaluation.gradients[0] * evaluation.scores[0])
 
         yield [case.rows(1, lambda _start, _stop: case.input[None], keep, rule=relevance(case.classifier, self.composite))]

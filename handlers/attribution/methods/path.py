@@ -63,13 +63,11 @@ class _Path:
         total = torch.zeros_like(self._step)
 
         def add(start: int, evaluation: Evaluation) -> None:
-            assert evaluation.gradients is not None
-            stop = start + len(evaluation.scores)
-            total.add_(torch.tensordot(weights[start:stop], evaluation.gradients, 1))
+            total.add_(evaluation.weighted_gradient(weights[start : start + len(evaluation.scores)]))
 
         ends: list[float] = []
         baseline_row = self._case.rows(1, self._points(nodes.new_zeros(1)), scores_into(ends), gradient=False)
-        yield [self._case.rows(steps, self._points(nodes), add), baseline_row]
+        yield [self._case.rows(steps, self._points(nodes), add, summed=True), baseline_row]
         attribution = self._step * total
         return Attribution(attribution, ends[0], known_error(attribution, self._case, ends[0]))
 
@@ -106,7 +104,6 @@ class _Path:
         at = self._step.new_tensor([node.t for node in nodes])
 
         def keep(start: int, evaluation: Evaluation) -> None:
-            assert evaluation.gradients is not None
             slopes = torch.tensordot(evaluation.gradients, self._step, 3).tolist()
             scores = evaluation.scores.tolist()
             for node, gradient, slope, score in zip(nodes[start:], evaluation.gradients, slopes, scores, strict=False):
@@ -164,6 +161,7 @@ class GradientShap(Method):
         fixed = self.baseline.image(case)
         # One random offset for evenly spaced points: as unbiased as free draws of u, and they err less.
         offset = case.draw(Draw.PATH, 0).random()
+        one_path = not self.stdev and self.baseline is not Baseline.NOISE
         total = torch.zeros_like(case.input)
 
         def baseline(sample: int) -> Tensor:
@@ -176,13 +174,16 @@ class GradientShap(Method):
             return torch.lerp(baseline(sample), end(sample), (sample + offset) / self.samples)
 
         def add(start: int, evaluation: Evaluation) -> None:
-            assert evaluation.gradients is not None
+            if one_path:
+                weights = evaluation.scores.new_full(evaluation.scores.shape, 1 / self.samples)
+                total.add_(evaluation.weighted_gradient(weights) * (case.input - fixed))
+                return
             for sample, gradient in enumerate(evaluation.gradients, start):
                 total.add_(gradient * (end(sample) - baseline(sample)), alpha=1 / self.samples)
 
         ends: list[float] = []
         yield [
-            case.rows(self.samples, stacked(point), add),
+            case.rows(self.samples, stacked(point), add, summed=one_path),
             case.rows(self._baselines(), stacked(baseline), scores_into(ends), gradient=False),
         ]
         baseline_score = sum(ends) / len(ends)

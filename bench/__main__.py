@@ -1,0 +1,103 @@
+"""Runs the bench: the engine beside its peers on the same work; writes JSON, a table and a plot."""
+
+import argparse
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench import gate, machine, tables
+from bench.contest import Result, agreement, compete
+from bench.ours import SENSITIVITIES, WORKS
+from bench.subjects import LITE0, NETWORKS
+from deploy import ROOT
+
+HEAVY = {"integrated_gradients, 20 steps x 10 noisy copies", "five methods", "occlusion", "lime", "kernel_shap"}
+
+
+def plan(quick: bool) -> list[tuple[str, int, str]]:
+    """Return the network, batch and work of every contest; the heaviest run on the smallest network alone."""
+    if quick:
+        return [(LITE0, 1, work) for work in ("integrated_gradients, 50 steps", "grad_cam", "saliency")]
+    every = product(NETWORKS, (1, 8), (*WORKS, *SENSITIVITIES))
+    return [
+        (network, batch, work)
+        for network, batch, work in every
+        if network == LITE0 or (work not in HEAVY and _fits(batch, work))
+    ]
+
+
+def _fits(batch: int, work: str) -> bool:
+    """Whether a contest on a ResNet ends within minutes."""
+    return batch == 1 or ("50 steps" not in work and work != "gradient_shap")
+
+
+def record(network: str, batch: int, work: str, results: list[Result]) -> list[dict[str, Any]]:
+    """Return a contest as lines of plain values, a line each contestant."""
+    ours = results[0]
+    assert ours.ready is not None
+    return [
+        {
+            "network": network,
+            "batch": batch,
+            "work": work,
+            "contestant": result.contestant,
+            "refusal": result.refusal,
+            **(_told(result, ours) if result.ready else {}),
+        }
+        for result in results
+    ]
+
+
+def _told(result: Result, ours: Result) -> dict[str, Any]:
+    assert result.ready is not None and ours.ready is not None
+    return {
+        "seconds": result.median,
+        "all_seconds": result.seconds,
+        "ratio": result.median / ours.median,
+        "memory_mb": result.ready.memory,
+        "chunk": result.ready.chunk,
+        "rows": result.ready.outcome.rows,
+        "error": result.ready.outcome.error,
+        "cosine": agreement(ours.ready.outcome.maps, result.ready.outcome.maps),
+    }
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    command = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    command.add_argument("--quick", action="store_true", help="three contests instead of all")
+    command.add_argument("--threads", type=int, default=1, help="of torch, for every contestant (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
+    command.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=ROOT / "run" / "bench", help="where the results go (default: run/bench)")
+    command.add_argument("--against", type=Path, help="a results.json that no ratio may fall far below")
+    options = command.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    told = machine.describe(options.threads)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        contests = plan(options.quick)
+        for network, batch, work in progress.track(contests):
+            progress.update(progress.task_ids[0], description=f"{network} x {batch}: {work}"[:60])
+            lines += record(
+                network, batch, work, compete(network, batch, work, options.threads, options.repeats, options.budget)
+            )
+            (options.out / "library.json").write_text(json.dumps({"machine": told, "results": lines}, indent=1))
+    (options.out / "library.md").write_text(tables.markdown(told, lines))
+    tables.plot(lines, options.out / "library.png")
+    Console().print(tables.markdown(told, lines), markup=False)
+    if options.against is None:
+        return 0
+    fallen = gate.fallen(lines, json.loads(options.against.read_text())["results"])
+    print("\n".join(fallen) or "no ratio has fallen", file=sys.stderr)
+    return bool(fallen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

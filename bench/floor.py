@@ -1,0 +1,35 @@
+"""The floor: the same rows through the bare network, forward and back to the input, with nothing else."""
+
+import torch
+
+from attribution.methods.perturbation import Occlusion
+from bench.ours import Outcome, Run
+from bench.subjects import Subject
+
+PACKS = (8, 16, 25)  # rows a pass that are tried
+GRADIENT_ROWS = {
+    "integrated_gradients, 50 steps": 50,
+    "integrated_gradients, 20 steps x 10 noisy copies": 200,
+    "gradient_shap": 50,
+    "saliency": 1,
+}
+FORWARD_ROWS = {"occlusion", "lime", "kernel_shap"}
+
+
+def floor_run(work: str, subject: Subject, pack: int | None) -> Run:
+    """Return a run of a work's rows through the network as the engine has it: frozen, folded, channels-last."""
+    gradient = work in GRADIENT_ROWS
+    each = GRADIENT_ROWS[work] if gradient else Occlusion().evaluations(subject.classifier) if work == "occlusion" else 200
+    total, network = each * len(subject.images), subject.classifier._model
+    rows = subject.images[:1].expand(pack or PACKS[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
+
+    def run() -> Outcome:
+        for done in range(0, total, len(rows)):
+            some = rows[: total - done].requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                logits = network(some)
+            if gradient:
+                torch.autograd.grad(logits[:, subject.targets[0]].sum(), some)
+        return Outcome(None, total)
+
+    return run

@@ -1,0 +1,77 @@
+"""The engine's side: each work as jobs of one run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attribution.engine import Engine
+from attribution.job import Job
+from attribution.methods import METHODS, Case, Method, Smoothing
+from attribution.methods.noise import Kind
+from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.quality import MaxSensitivity, Measurement
+from bench.subjects import Subject
+from serving.settings import Limits
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gives: maps [n, H, W] summed over channels, the rows they took, the worst completeness error told."""
+
+    maps: Tensor | None
+    rows: int | None = None
+    error: float | None = None
+
+
+Run = Callable[[], Outcome]
+
+FIVE: tuple[Method, ...] = (
+    IntegratedGradients(steps=50),
+    GradientShap(samples=50),
+    *(METHODS[name]() for name in ("saliency", "grad_cam", "guided_backprop")),
+)
+SMOOTHED = (IntegratedGradients(steps=20), Smoothing(Kind.SMOOTHGRAD, 10, 0.15))
+WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
+    "integrated_gradients, 50 steps": ((IntegratedGradients(steps=50), None),),
+    "integrated_gradients, 20 steps x 10 noisy copies": (SMOOTHED,),
+    "five methods": tuple((method, None) for method in FIVE),
+    **{
+        name: ((METHODS[name](), None),)
+        for name in (
+            *("gradient_shap", "saliency", "input_x_gradient", "guided_backprop", "guided_grad_cam", "deep_lift", "lrp"),
+            *("grad_cam", "grad_cam_plus_plus", "layer_cam", "occlusion", "lime", "kernel_shap"),
+        )
+    },
+}
+SENSITIVITIES = {"max sensitivity of saliency": "saliency", "max sensitivity of grad_cam": "grad_cam"}
+
+
+def prepare(work: str, subject: Subject) -> Run:
+    """Return the run of a work by the engine as it is served."""
+    engine = Engine(subject.classifier, Limits().pack)
+    logits = engine.logits(list(subject.images))
+    cases = [
+        Case(subject.classifier, image, target, known_score=float(row[target]))
+        for image, target, row in zip(subject.images, subject.targets, logits, strict=True)
+    ]
+    if work in SENSITIVITIES:
+        repeated = [Job(METHODS[SENSITIVITIES[work]](), case) for case in cases]
+        return lambda: _sensitivity(engine, repeated)
+    jobs = [Job(method, case, smoothing) for case in cases for method, smoothing in WORKS[work]]
+    return lambda: _explain(engine, jobs)
+
+
+def _explain(engine: Engine, jobs: list[Job]) -> Outcome:
+    finished = engine.results(jobs)
+    errors = [f.result.completeness_error for f in finished if f.result.completeness_error is not None]
+    maps = torch.stack([one.result.map.sum(0) for one in finished])
+    return Outcome(maps, sum(one.evaluations for one in finished), max(errors, default=None))
+
+
+def _sensitivity(engine: Engine, jobs: list[Job]) -> Outcome:
+    finished = engine.results(jobs)
+    works = [Measurement(MaxSensitivity(), job, one.result) for job, one in zip(jobs, finished, strict=True)]
+    measured = engine.results(works)
+    return Outcome(None, sum(one.evaluations for one in finished) + sum(one.evaluations for one in measured))

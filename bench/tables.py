@@ -1,0 +1,71 @@
+"""The bench's results as a table and as a plot."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Line = Mapping[str, Any]
+PEERS = ("captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor")
+HEAD = "| work | ours, s | peer | peer, s | ratio | memory ours / peer, MB | error ours / peer | cosine |"
+
+
+def contest_of(line: Line) -> tuple[str, int, str]:
+    """Return what contestants have in common."""
+    return line["network"], line["batch"], line["work"]
+
+
+def markdown(machine: Mapping[str, str], lines: Sequence[Line]) -> str:
+    """Return a table for each network and batch; a ratio above 1 says that the peer takes longer."""
+    text = [", ".join(f"{key} {value}" for key, value in machine.items()), ""]
+    for (network, batch), group in groupby(lines, key=lambda line: (line["network"], line["batch"])):
+        text += [f"### {network}, {batch} image{'s' * (batch > 1)}", "", HEAD, "|---|---|---|---|---|---|---|---|"]
+        for _, contest in groupby(group, key=contest_of):
+            ours, *peers = contest
+            text += [_row(ours, peer) for peer in peers]
+        text.append("")
+    return "\n".join(text)
+
+
+def _row(ours: Line, peer: Line) -> str:
+    work = ours["work"] + (f" ({ours['rows']} rows)" if ours["rows"] else "")
+    if peer["refusal"]:
+        return f"| {work} | {ours['seconds']:.3g} | {peer['contestant']} | {peer['refusal'].replace('|', '/')} | | | | |"
+    name = peer["contestant"] + (f", {peer['chunk']} rows a pass" if peer["chunk"] else "")
+    error = " / ".join("" if line["error"] is None else f"{line['error']:.1%}" for line in (ours, peer)).strip(" /")
+    cosine = "" if peer["cosine"] is None else f"{peer['cosine']:.4f}"
+    return (
+        f"| {work} | {ours['seconds']:.3g} | {name} | {peer['seconds']:.3g} | **{peer['ratio']:.2f}** "
+        f"| {ours['memory_mb']:.0f} / {peer['memory_mb']:.0f} | {error} | {cosine} |"
+    )
+
+
+def _shown(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
+    """Yield each contest of one image with its peers that have a ratio."""
+    for (network, batch, work), contest in groupby(lines, key=contest_of):
+        peers = [line for line in contest if line["contestant"] in PEERS and line.get("ratio")]
+        if batch == 1 and peers:
+            yield f"{work}\n{network}", peers
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Draw how many times longer each peer takes, one image at a time."""
+    from matplotlib.figure import Figure
+
+    shown = list(_shown(lines))[::-1]
+    figure = Figure(figsize=(9, 0.55 * len(shown) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (_, peers) in enumerate(shown):
+        for place, peer in enumerate(peers):
+            at = number + 0.3 - 0.6 * (place + 0.5) / len(peers)
+            colour = f"C{PEERS.index(peer['contestant'])}"
+            axes.barh(at, peer["ratio"], height=0.6 / len(peers), color=colour)
+            axes.annotate(
+                f"{peer['ratio']:.2f}", (peer["ratio"], at), va="center", fontsize=6, xytext=(2, 0), textcoords="offset points"
+            )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7)
+    axes.set_xlabel("seconds of a peer / seconds of the engine, medians of turns in one run; 1 is the engine")
+    handles = [axes.barh(0, 0, color=f"C{place}", label=name) for place, name in enumerate(PEERS)]
+    axes.legend(handles=handles, loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,131 @@
+"""The stem: sums of gradients taken back through it as one are the sums of the gradients."""
+
+import pytest
+import torch
+from conftest import NORMALIZATION, SIZE, SmallCnn
+from torch import nn
+from torchvision.models import get_model
+
+from attribution.classifier import Classifier
+from attribution.engine import Engine
+from attribution.job import Job
+from attribution.methods import Case
+from attribution.methods.gradient import Saliency
+from attribution.methods.path import GradientShap, IntegratedGradients
+from attribution.rows import Score
+from attribution.stem import find_stem
+
+
+class Padded(nn.Module):
+    """A stem behind linear steps: centred, and padded on two sides."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.pad, self.stem, self.head = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 6, 3, stride=2), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.stem(self.pad(2 * x - 0.3)).relu_()
+        return self.head(x.square().mean((2, 3)))
+
+
+class Around(Padded):
+    """The head sees the image beside the stem."""
+
+    def forward(self, x):
+        return super().forward(x) + x.square().mean((1, 2, 3))[:, None]
+
+
+class Curved(Padded):
+    """What comes before the stem is not linear."""
+
+    def forward(self, x):
+        return super().forward(x.tanh())
+
+
+class Twice(Padded):
+    """The stem is called again."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(x.flip(3))
+
+
+class Nested(Padded):
+    """A constant offset, a convolution after another one: only the first is the stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Conv2d(6, 6, 3)
+
+    def forward(self, x):
+        x = self.second(self.stem(self.pad(x)).relu())
+        return self.head(x.relu().mean((2, 3)))
+
+
+def double(model):
+    torch.manual_seed(0)
+    return model().double().eval()
+
+
+def noise(count=2, size=SIZE):
+    return NORMALIZATION(torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(9), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("model", [Padded, Nested, SmallCnn])
+def test_a_weighted_gradient_is_the_sum_of_each(model):
+    classifier = Classifier(double(model), NORMALIZATION, SIZE)
+    inputs, weights = noise(5), torch.tensor([0.1, -2.0, 0.0, 3.0, 0.5], dtype=torch.float64)
+    plain = inputs.clone().requires_grad_()
+    logits = classifier._model(plain.clone())[range(5), [0, 1, 2, 3, 0]].sum()
+    expected = torch.autograd.grad(logits, plain)[0]
+    found = classifier.evaluate(inputs, [0, 1, 2, 3, 0], [Score.LOGIT], gradient=True)
+    torch.testing.assert_close(found.gradients, expected)
+    torch.testing.assert_close(found.weighted_gradient(weights), torch.tensordot(weights, expected, 1))
+    part = found.slice(1, 4)
+    torch.testing.assert_close(part.weighted_gradient(weights[1:4]), torch.tensordot(weights[1:4], expected[1:4], 1))
+
+
+def test_sums_alone_go_through_the_stem_once():
+    classifier = Classifier(double(Padded), NORMALIZATION, SIZE)
+    evaluation = classifier.evaluate(noise(4), [1] * 4, [Score.LOGIT], gradient=True, each=False)
+    assert evaluation.found.each is None
+    assert evaluation.found.early.shape == (4, 6, 8, 8)
+
+
+@pytest.mark.parametrize("model", [Around, Curved, Twice])
+def test_a_first_convolution_that_is_no_stem_is_not_taken_for_one(model):
+    assert find_stem(double(model), noise()) is None
+    classifier = Classifier(double(model), NORMALIZATION, SIZE)
+    inputs = noise(3).requires_grad_()
+    expected = torch.autograd.grad(classifier._model(inputs)[:, 2].sum(), inputs)[0]
+    found = classifier.evaluate(inputs.detach(), [2] * 3, [Score.LOGIT], gradient=True)
+    torch.testing.assert_close(found.gradients, expected)
+    torch.testing.assert_close(found.weighted_gradient(expected.new_ones(3)), expected.sum(0))
+
+
+def test_a_model_without_a_convolution_has_no_stem(linear):
+    assert find_stem(linear, noise()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("resnet18", "conv1"), ("mobilenet_v3_small", "features.0.0"), ("swin_t", "features.0.0")]
+)
+def test_torchvisions_stems_are_found(name, stem):
+    model = get_model(name, weights=None).eval().requires_grad_(False)
+    assert find_stem(model, noise(size=(64, 64)).float()).name == stem
+
+
+def test_the_model_comes_back_without_hooks():
+    model = double(Padded)
+    find_stem(model, noise())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_rows_that_want_sums_share_passes_with_rows_that_want_each():
+    classifier = Classifier(double(Nested), NORMALIZATION, SIZE)
+    cases = [Case(classifier, image, target=2) for image in noise(2)]
+    methods = [IntegratedGradients(steps=7), Saliency(), GradientShap(samples=5), GradientShap(samples=5, stdev=0.1)]
+    jobs = [Job(method, case) for case in cases for method in methods]
+    together = Engine(classifier, 6).results(jobs)
+    for job, found in zip(jobs, together, strict=True):
+        torch.testing.assert_close(found.result.map, Engine(classifier, 100).results([job])[0].result.map)
