@@ -4,6 +4,7 @@ import hashlib
 import json
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ class Archive:
     labels: list[str]
     settings: Settings
     digest: str
+
+    def classes(self, label: str | None) -> list[int]:
+        """Return the classes that are called so: several may share a label."""
+        return [index for index, name in enumerate(self.labels) if name == label]
 
 
 def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
@@ -75,3 +80,10 @@ def add_record(path: Path, record: Record) -> None:
     """Add a line."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Replace a file of records in one step."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    unfinished.replace(path)

@@ -15,7 +15,7 @@ from attribution.job import Job
 from attribution.methods import Case
 from deploy import ROOT
 from deploy.archive import Refused
-from deploy.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records
+from deploy.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records, write_records
 from deploy.photo import photo_path
 from serving.images import Picture, read_picture
 from serving.settings import Preprocessing
@@ -43,9 +43,8 @@ class Records:
         told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": asdict(settings)}
         lines = read_records(path)
         if not lines or lines[0] != json.loads(json.dumps(told)):  # another study
-            path.unlink(missing_ok=True)
-            add_record(path, told)
             lines = [told]
+            write_records(path, lines)
         self.all: list[Record] = lines[1:]
         self._known = {(record["photo"], record["technique"]) for record in self.all}
 
