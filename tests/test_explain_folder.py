@@ -15,7 +15,8 @@ from attribution.job import Job
 from attribution.methods.cam import GradCam
 from deploy.offline import load_archive, read_records
 from serving.images import read_picture
-from training import explain
+from serving.parameters import Capabilities
+from training import explain, question
 from training.gallery import Group, Shot, group, mean_map
 from training.question import find_samples
 
@@ -32,8 +33,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    """A run loads its archive anew; these runs share it, to be quick."""
+    """A run loads its archive and tries every method on it; these runs share what comes of it, to be quick."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(question, "Capabilities", cache(Capabilities))
         patched.setattr(explain, "load_archive", cache(load_archive))
         yield
 
