@@ -3,16 +3,12 @@
 import argparse
 import json
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attribution.engine import Engine
 from attribution.job import Job
@@ -20,32 +16,15 @@ from attribution.memory import keep_freed_memory
 from attribution.methods import Case
 from deploy import ROOT
 from deploy.archive import Refused
+from deploy.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records, write_records
 from deploy.photo import photo_path
-from deploy.serve import ensure_archive
-from serving.images import FORMATS, Picture, read_picture
-from serving.loading import load_classifier
-from serving.settings import Preprocessing, read_settings
-from serving.settings import Settings as ArchiveSettings
+from serving.images import Picture, read_picture
+from serving.settings import Preprocessing
 from study.measure import PACK, Photo, Settings, make_grids, measure_grid, measure_photo, read_photo
-from study.tables import Record, markdown, montage, write_csv
+from study.tables import markdown, montage, write_csv
 from study.techniques import Technique, techniques
 
 PACKAGED = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")  # photos of scikit-image
-SUFFIXES = {".jpg", ".jpeg", *(f".{name.lower()}" for name in FORMATS)}
-
-
-def load(name: str, scale: int = 1) -> tuple[Engine, Preprocessing]:
-    """Load an archive of model_store/ for inputs `scale` times as high and wide as it is served with."""
-    ensure_archive(name, ROOT / "model_store")
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(ROOT / "model_store" / f"{name}.mar") as archive:
-        archive.extractall(folder)
-        config = yaml.safe_load(Path(folder, "model-config.yaml").read_text())
-        settings: ArchiveSettings = read_settings(config)
-        height, width = settings.preprocessing.size
-        larger = settings.preprocessing.model_copy(update={"crop": (scale * height, scale * width)})
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        classifier, _ = load_classifier(Path(folder), settings.model_copy(update={"preprocessing": larger}), device)
-    return Engine(classifier, PACK), settings.preprocessing
 
 
 def pictures(folder: Path | None, preprocessing: Preprocessing) -> Iterator[tuple[str, Picture]]:
@@ -63,10 +42,10 @@ class Records:
     def __init__(self, path: Path, name: str, photos: list[Photo], settings: Settings) -> None:
         self._path = path
         told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": asdict(settings)}
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = read_records(path)
         if not lines or lines[0] != json.loads(json.dumps(told)):  # another study
             lines = [told]
-            path.write_text(json.dumps(told) + "\n")
+            write_records(path, lines)
         self.all: list[Record] = lines[1:]
         self._known = {(record["photo"], record["technique"]) for record in self.all}
 
@@ -77,8 +56,7 @@ class Records:
     def add(self, record: Record) -> None:
         """Keep a measurement."""
         self.all.append(record)
-        with self._path.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        add_record(self._path, record)
 
 
 def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: Settings, records: Records) -> None:
@@ -87,16 +65,15 @@ def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: Set
     every = max(1, len(photos) // max(1, settings.disturbed))
     disturbed = {photo.name for photo in photos[::every][: settings.disturbed]}
     grids = list(make_grids(photos, settings.grids)) if large is not None else []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("", total=len(chosen) * (len(photos) + len(grids)))
+    with progress() as shown:
+        bar = shown.add_task("", total=len(chosen) * (len(photos) + len(grids)))
 
         def each(name: str) -> Iterator[Technique]:
             for technique in chosen:
-                progress.update(bar, description=f"{name}: {technique.name}"[:60])
+                shown.update(bar, description=f"{name}: {technique.name}"[:60])
                 if not records.has(name, technique.name):
                     yield technique
-                progress.advance(bar)
+                shown.advance(bar)
 
         for name, image, target, cell in grids:
             assert large is not None
@@ -130,14 +107,15 @@ def main() -> int:
     options = command.parse_args()
     settings = Settings() if options.disturbed is None else replace(Settings(), disturbed=options.disturbed)
     try:
-        engine, preprocessing = load(options.name)
+        archive = load_archive(options.name)
     except Refused as reason:
         print(f"study: {reason}", file=sys.stderr)
         return 1
     keep_freed_memory()
     console = Console()
+    engine, preprocessing = Engine(archive.classifier, PACK), archive.settings.preprocessing
     try:
-        large: Engine | None = load(options.name, 2)[0]
+        large: Engine | None = Engine(load_archive(options.name, scale=2).classifier, PACK)
     except ValueError as reason:
         console.print(f"no grid pointing game: {reason}")
         large = None

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from deploy.offline import Record
 from serving.pictures import Cell, Map, Scale, contact_sheet, draw_heatmap, draw_overlay
 from study.techniques import EIGHT
 
@@ -25,8 +25,6 @@ COLUMNS = (
     ("ms", "milliseconds", "{:.0f}", ""),
     ("rows", "rows", "{:.0f}", ""),
 )
-
-Record = dict[str, Any]
 
 
 def medians(records: Iterable[Record]) -> dict[str, dict[str, float]]:

@@ -25,6 +25,7 @@ from serving.pictures import (
     Cell,
     Map,
     Scale,
+    compact,
     contact_sheet,
     draw_heatmap,
     draw_overlay,
@@ -120,7 +121,7 @@ class Explanation:
         if self.measured:
             told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
         if self.parameters.values:
-            told["values"] = _as_float16(self.values)
+            told["values"] = _encoded(self.values)
         return told
 
     @cached_property
@@ -229,15 +230,10 @@ def _points(curve: Sequence[float]) -> str:
     return " ".join(f"{place * step:.1f},{50 * (1 - value):.1f}" for place, value in enumerate(curve))
 
 
-def _as_float16(values: Map) -> dict[str, Any]:
-    """Return the map's values as float16; a map that float16 cannot hold (beyond 65,504, or all below 6e-5) as float32."""
-    largest = float(np.abs(values).max())
-    dtype = "float16" if largest == 0 or 1e-2 <= largest <= 65504 else "float32"
-    return {
-        "dtype": dtype,
-        "shape": list(values.shape),
-        "data": _base64(values.astype(np.dtype(dtype).newbyteorder("<")).tobytes()),
-    }
+def _encoded(values: Map) -> dict[str, Any]:
+    """Return the map's values for JSON."""
+    stored = compact(values)
+    return {"dtype": stored.dtype.name, "shape": list(stored.shape), "data": _base64(stored.tobytes())}
 
 
 def _value(outcome: Finished[Measured] | AttributionError) -> float | None:

@@ -151,6 +151,12 @@ def reduced(values: Map, seen: Image.Image) -> tuple[Map, Image.Image]:
     return smaller, seen.resize(size, Image.Resampling.BOX)
 
 
+def compact(values: Map) -> Map | NDArray[np.float16]:
+    """Return a map's values as float16; a map that float16 cannot hold (beyond 65,504, or all below 6e-5) as float32."""
+    largest = float(np.abs(values).max())
+    return values.astype("<f2" if largest == 0 or 1e-2 <= largest <= 65504 else "<f4")
+
+
 def png(image: Image.Image) -> bytes:
     """Encode a picture."""
     stream = io.BytesIO()

@@ -1,0 +1,89 @@
+"""What goes over many pictures without a server: an archive loaded, names of pictures, a bar, records line by line."""
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from attribution.classifier import Classifier
+from deploy import ROOT
+from deploy.archive import CONFIG
+from deploy.serve import ensure_archive
+from serving.images import FORMATS
+from serving.loading import load_classifier
+from serving.settings import Settings, read_settings
+
+STORE = ROOT / "model_store"
+SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+MANIFEST = "MAR-INF/MANIFEST.json"  # holds the time of its making
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive as a worker has it; classes without labels are called by their indices, `digest` tells its content."""
+
+    classifier: Classifier
+    labels: list[str]
+    settings: Settings
+    digest: str
+
+    def classes(self, label: str | None) -> list[int]:
+        """Return the classes that are called so: several may share a label."""
+        return [index for index, name in enumerate(self.labels) if name == label]
+
+
+def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
+    """Load an archive, built if missing or stale, for inputs `scale` times as high and wide as it is served with.
+
+    Raises Refused where there is none, ValueError where the model cannot take such inputs.
+    """
+    ensure_archive(name, store)
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(store / f"{name}.mar") as archive:
+        archive.extractall(folder)
+        members = sorted((member.filename, member.CRC) for member in archive.infolist() if member.filename != MANIFEST)
+        settings = read_settings(yaml.safe_load(Path(folder, CONFIG).read_text(encoding="utf-8")))
+        height, width = settings.preprocessing.size
+        larger = settings.preprocessing.model_copy(update={"crop": (scale * height, scale * width)})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        classifier, labels = load_classifier(Path(folder), settings.model_copy(update={"preprocessing": larger}), device)
+    labels = labels or [str(index) for index in range(classifier.classes)]
+    return Archive(classifier, labels, settings, hashlib.sha256(repr(members).encode()).hexdigest())
+
+
+def progress() -> Progress:
+    """Return a bar that tells what is at work, how far it is, and for how long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of one JSON object a line; a last line that was never finished is none, and is cut off."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_record(path: Path, record: Record) -> None:
+    """Add a line."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Replace a file of records in one step."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    unfinished.replace(path)
