@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
 from bench.ours import SENSITIVITIES, WORKS
 from bench.subjects import LITE0, NETWORKS
 from deploy import ROOT
+from deploy.offline import progress
 
 HEAVY = {"integrated_gradients, 20 steps x 10 noisy copies", "five methods", "occlusion", "lime", "kernel_shap"}
 
@@ -71,6 +71,7 @@ def main() -> int:
     """Run what the command line asks for."""
     command = argparse.ArgumentParser(prog="make bench", description=__doc__)
     command.add_argument("--quick", action="store_true", help="three contests instead of all")
+    command.add_argument("--work", default="", help="only works whose name holds this; other results stay as they are")
     command.add_argument("--threads", type=int, default=1, help="of torch, for every contestant (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
     command.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
@@ -78,17 +79,21 @@ def main() -> int:
     command.add_argument("--against", type=Path, help="a results.json that no ratio may fall far below")
     options = command.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    told, kept = machine.describe(options.threads), options.out / "library.json"
+    contests = [contest for contest in plan(options.quick) if options.work in contest[2]]
     lines: list[dict[str, Any]] = []
-    told = machine.describe(options.threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        contests = plan(options.quick)
-        for network, batch, work in progress.track(contests):
-            progress.update(progress.task_ids[0], description=f"{network} x {batch}: {work}"[:60])
+    if options.work and kept.exists():  # the others stay as they were measured
+        lines = [line for line in json.loads(kept.read_text())["results"] if tables.contest_of(line) not in contests]
+    with progress() as shown:
+        bar = shown.add_task("", total=len(contests))
+        for network, batch, work in contests:
+            shown.update(bar, description=f"{network} x {batch}: {work}"[:60])
             lines += record(
                 network, batch, work, compete(network, batch, work, options.threads, options.repeats, options.budget)
             )
-            (options.out / "library.json").write_text(json.dumps({"machine": told, "results": lines}, indent=1))
+            kept.write_text(json.dumps({"machine": told, "results": lines}, indent=1))
+            shown.advance(bar)
+    lines.sort(key=lambda line: plan(False).index(tables.contest_of(line)))
     (options.out / "library.md").write_text(tables.markdown(told, lines))
     tables.plot(lines, options.out / "library.png")
     Console().print(tables.markdown(told, lines), markup=False)

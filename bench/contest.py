@@ -40,7 +40,7 @@ class Contestant:
 def contestants(work: str) -> list[Contestant]:
     """Return who takes part in a work, the engine first."""
     found = [Contestant("ours", lambda work, subject, _chunk: ours.prepare(work, subject), tuned=True)]
-    if work in (*CAPTUM, *ours.SENSITIVITIES, "five methods"):
+    if work in (*CAPTUM, *ours.SENSITIVITIES, ours.WITHIN, "five methods"):
         found.append(Contestant("captum", captum_run, tuned=False))
         found.append(Contestant("captum, tuned", captum_run, tuned=True, chunks=CHUNKS if work in CHUNKED else ()))
     if work in CAMS:

@@ -33,9 +33,11 @@ FIVE: tuple[Method, ...] = (
     *(METHODS[name]() for name in ("saliency", "grad_cam", "guided_backprop")),
 )
 SMOOTHED = (IntegratedGradients(steps=20), Smoothing(Kind.SMOOTHGRAD, 10, 0.15))
+WITHIN = "integrated_gradients, error at most 5 %"
 WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
     "integrated_gradients, 50 steps": ((IntegratedGradients(steps=50), None),),
     "integrated_gradients, 20 steps x 10 noisy copies": (SMOOTHED,),
+    WITHIN: ((IntegratedGradients(max_error=0.05), None),),
     "five methods": tuple((method, None) for method in FIVE),
     **{
         name: ((METHODS[name](), None),)

@@ -16,7 +16,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from bench.ours import SENSITIVITIES, Outcome, Run
+from bench.ours import SENSITIVITIES, WITHIN, Outcome, Run
 from bench.subjects import Subject
 
 # Captum's attributions [n, channels, H, W] of a subject, `chunk` rows a pass (None: its default).
@@ -27,6 +27,15 @@ def _path(subject: Subject, chunk: int | None, steps: int = 50) -> Tensor:
     method, inputs = captum.IntegratedGradients(subject.network), subject.images
     chunk = None if chunk is None else max(chunk, len(inputs))
     return method.attribute(inputs, subject.baselines, subject.targets, n_steps=steps, internal_batch_size=chunk)
+
+
+def _steps_within(subject: Subject, error: float) -> int:
+    """Return the first number of steps, 25 by 25, whose completeness error is small enough on every image."""
+    for steps in range(50, 1000, 25):
+        outcome = _attributed([_path(subject, 25, steps)], subject, WITHIN)
+        if outcome.error is not None and outcome.error <= error:
+            return steps
+    raise ValueError(f"an error of {error} is not reached with 1000 steps")
 
 
 def _tunnel(subject: Subject, chunk: int | None) -> Tensor:
@@ -115,7 +124,7 @@ CAPTUM: dict[str, Attribute] = {
 FIVE = ("integrated_gradients, 50 steps", "gradient_shap", "saliency", "grad_cam", "guided_backprop")
 CHUNKS = (5, 10, 25)  # rows a pass that are tried where there is a setting for them
 CHUNKED = {"integrated_gradients, 50 steps", "integrated_gradients, 20 steps x 10 noisy copies", "five methods"}
-CHUNKED |= {"occlusion", "lime", "kernel_shap"}
+CHUNKED |= {"occlusion", "lime", "kernel_shap", WITHIN}
 CAMS = {"grad_cam": GradCAM, "grad_cam_plus_plus": GradCAMPlusPlus, "layer_cam": LayerCAM}
 
 
@@ -124,6 +133,9 @@ def captum_run(work: str, subject: Subject, chunk: int | None) -> Run:
     if work in SENSITIVITIES:
         attribute = CAPTUM[SENSITIVITIES[work]]
         return lambda: _sensitivity(attribute, subject)
+    if work == WITHIN:
+        steps = _steps_within(subject, 0.05)
+        return lambda: _attributed([_path(subject, chunk, steps)], subject, work)
     works = FIVE if work == "five methods" else (work,)
     return lambda: _attributed([CAPTUM[one](subject, chunk) for one in works], subject, work)
 
@@ -131,7 +143,7 @@ def captum_run(work: str, subject: Subject, chunk: int | None) -> Run:
 def _attributed(found: list[Tensor], subject: Subject, work: str) -> Outcome:
     maps = torch.stack([one.sum(1) for one in found], 1)  # [n, methods, H, W], as the engine's jobs are ordered
     error = None
-    if work.startswith("integrated_gradients, 50") or work in ("gradient_shap", "deep_lift"):
+    if work in ("integrated_gradients, 50 steps", WITHIN, "gradient_shap", "deep_lift"):
         with torch.no_grad():
             ends = [subject.network(x)[range(len(x)), subject.targets] for x in (subject.images, subject.baselines)]
         risen = ends[0] - ends[1]
@@ -140,11 +152,11 @@ def _attributed(found: list[Tensor], subject: Subject, work: str) -> Outcome:
 
 
 def _sensitivity(attribute: Attribute, subject: Subject) -> Outcome:
-    def explain(inputs: Tensor, target: list[int]) -> Tensor:
-        repeated = Subject(subject.network, subject.classifier, inputs, target)
-        return attribute(repeated, None)
+    def explain(inputs: tuple[Tensor], target: list[int] | Tensor) -> tuple[Tensor]:
+        repeated = Subject(subject.network, subject.classifier, inputs[0], target)
+        return (attribute(repeated, None),)
 
-    sensitivity_max(explain, subject.images, target=subject.targets)
+    sensitivity_max(explain, (subject.images,), target=torch.tensor(subject.targets))
     return Outcome(None)
 
 

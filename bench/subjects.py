@@ -27,7 +27,7 @@ class Subject:
     network: nn.Module
     classifier: Classifier
     images: Tensor
-    targets: list[int]
+    targets: list[int] | Tensor
 
     @property
     def baselines(self) -> Tensor:

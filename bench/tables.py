@@ -69,3 +69,28 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     handles = [axes.barh(0, 0, color=f"C{place}", label=name) for place, name in enumerate(PEERS)]
     axes.legend(handles=handles, loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def server(results: Mapping[str, Any]) -> str:
+    """Return the tables of explanations a second, and of predictions beside explanations."""
+    text = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
+    text += ["| network | clients | explanations/s ours / stock | ratio | p50, s | p99, s | bytes | processor, s |"]
+    text += ["|---|---|---|---|---|---|---|---|"]
+    lines = results["explanations"]
+    for ours, stock in zip(lines[::2], lines[1::2], strict=True):
+        both = [f"{ours[key]:.3g} / {stock[key]:.3g}" for key in ("rate", "p50", "p99")]
+        size = f"{ours['bytes']:.0f} / {stock['bytes']:.0f} (1/{stock['bytes'] / ours['bytes']:.0f})"
+        processor = f"{ours['processor_seconds']:.3g} / {stock['processor_seconds']:.3g}"
+        ratio = f"**{ours['rate'] / stock['rate']:.2f}**"
+        cells = (ours["network"], ours["clients"], both[0], ratio, both[1], both[2], size, processor)
+        text.append(f"| {' | '.join(map(str, cells))} |")
+    text += [
+        "",
+        "| layout | predictions alone, p50 / p99 ms | beside explanations, p50 / p99 ms | p99 ratio |",
+        "|---|---|---|---|",
+    ]
+    for layout, found in results["predictions"].items():
+        alone, beside = ([1000 * found[f"{name}_p{share}"] for share in (50, 99)] for name in ("alone", "beside"))
+        spread = [f"{pair[0]:.0f} / {pair[1]:.0f}" for pair in (alone, beside)]
+        text.append(f"| {layout} | {spread[0]} | {spread[1]} | **{beside[1] / alone[1]:.2f}** |")
+    return "\n".join(text) + "\n"

@@ -76,7 +76,8 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
             process = subprocess.Popen(_command(names, store), env=environment, cwd=run, **options)
         inference, management, metrics = (settings[f"TS_{api}_ADDRESS"] for api in ("INFERENCE", "MANAGEMENT", "METRICS"))
         grpc = f"127.0.0.1:{settings['TS_GRPC_INFERENCE_PORT']}"
-        server = Server(names, run, process, inference, management, metrics, grpc)
+        models = [registered(name)[0] for name in names]
+        server = Server(models, run, process, inference, management, metrics, grpc)
         try:
             _wait(server, log)
             yield server
@@ -115,8 +116,14 @@ def _command(names: Sequence[str], store: Path) -> list[str]:
         "--foreground",
         "--ncs",
         *options,
-        *(f"{name}={name}.mar" for name in names),
+        *(f"{name}={archive}.mar" for name, archive in map(registered, names)),
     ]
+
+
+def registered(name: str) -> tuple[str, str]:
+    """Return the model's name and its archive: NAME=ARCHIVE serves an archive under a name of its own."""
+    name, _, archive = name.partition("=")
+    return name, archive or name
 
 
 def _environment(settings: Mapping[str, str], run: Path, temporary: str) -> dict[str, str]:
@@ -249,14 +256,16 @@ Logs are in {server.run}. Ctrl-C stops it, and so does 'kill {os.getpid()}'.
 def main() -> int:
     """Serve until Ctrl-C."""
     command = argparse.ArgumentParser(prog="make serve", description=__doc__)
-    command.add_argument("names", nargs="*", default=["imagenet"], help="folders of classifiers/, or archives of model_store/")
+    command.add_argument(
+        "names", nargs="*", default=["imagenet"], help="folders of classifiers/, or archives of model_store/; or NAME=ONE"
+    )
     names = command.parse_args().names
     environment = {key: value for key, value in os.environ.items() if key.startswith("TS_")}
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # every way to stop it is as clean as Ctrl-C
         signal.signal(stop, signal.default_int_handler)
     try:
         for name in names:
-            ensure_archive(name, ROOT / "model_store")
+            ensure_archive(registered(name)[1], ROOT / "model_store")
         port = urlsplit(environment.get("TS_INFERENCE_ADDRESS", ADDRESSES["TS_INFERENCE_ADDRESS"])).port
         with serving(names, ROOT / "model_store", environment, ROOT / "run" / str(port)) as server:
             print(announcement(server), flush=True)

@@ -36,8 +36,8 @@ class ExplainHandler:
         settings = read_settings(context.model_yaml_config or {})
         torch.backends.cudnn.allow_tf32 = False  # a gradient loses too much in ten bits
         keep_freed_memory()
-        # Workers that each take every core slow each other down.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.maxWorkers))
+        # Workers that each take every core slow each other down; OMP_NUM_THREADS may allow them less.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.maxWorkers)))
         classifier, labels = load_classifier(Path(properties["model_dir"]), settings, device)
         self._metrics = {
             name: context.metrics.cache.get(kind, {}).get(name)

@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import ts
 from PIL import Image
 
+from bench.stock import build_stock as archive_stock
 from deploy.archive import build_archive, parser
 from deploy.serve import free_ports, serving
 
@@ -63,23 +63,7 @@ def build_small(folder: Path, store: Path) -> None:
 def build_stock(folder: Path, store: Path) -> None:
     """Archive the same classifier with TorchServe's own image_classifier as `stock`."""
     files = small_files(folder)
-    names = {str(index): name for index, name in enumerate(SMALL_LABELS)}
-    (folder / "index_to_name.json").write_text(json.dumps(names))
-    (folder / "stock.yaml").write_text("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\n")
-    options = {
-        "--model-name": "stock",
-        "--version": "1.0",
-        "--handler": "image_classifier",
-        "--model-file": files["model.py"],
-        "--serialized-file": files["weights.pth"],
-        "--extra-files": folder / "index_to_name.json",
-        "--config-file": folder / "stock.yaml",
-        "--export-path": store,
-    }
-    pack = "from model_archiver.model_packaging import generate_model_archive; generate_model_archive()"
-    command = [sys.executable, "-c", pack, *(str(part) for pair in options.items() for part in pair)]
-    (folder / "scratch").mkdir()
-    subprocess.run(command, check=True, env=os.environ | {"TMPDIR": str(folder / "scratch")})
+    archive_stock("stock", files["model.py"], files["weights.pth"], SMALL_LABELS, store, folder / "stock")
 
 
 def served(names, store, run, **environment):

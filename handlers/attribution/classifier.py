@@ -16,6 +16,7 @@ from attribution.errors import Unsupported
 from attribution.folding import fold_batch_norms
 from attribution.functions import operations
 from attribution.layers import Grid, find_spatial_layers
+from attribution.narrow import narrowed
 from attribution.rows import Evaluation, Gradients, Layer, Rule, Score
 from attribution.stem import find_stem, passing
 
@@ -48,7 +49,9 @@ class Classifier:
     """A classifier's passes over rows of normalised images [n, C, H, W]; the module it is given stays untouched.
 
     The module is copied, put into evaluation mode, frozen, its batch norms folded (exact up to rounding) and
-    laid out channels-last. Raises ValueError where its output is not [n, classes] with at least two classes.
+    laid out channels-last. With `narrow` arithmetic, such as bfloat16, rows that want no gradient at the image are
+    evaluated in it; predictions never are. Raises ValueError where its output is not [n, classes] with at least two
+    classes.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Classifier:
         normalization: Normalization,
         size: tuple[int, int],
         device: torch.device | str = "cpu",
+        narrow: torch.dtype | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.normalization = normalization
@@ -67,6 +71,8 @@ class Classifier:
         self.classes = self._count_classes()
         self._check_rows()
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
+        self.narrow = narrow
+        self._narrow = None if narrow is None else narrowed(self._model, self.example, narrow)
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
         self.spatial_layers = self._heard()
         self.operations = operations(self._model, self.example)
@@ -111,6 +117,8 @@ class Classifier:
         goes no further than the first of them.
         """
         model = self._model if rule is None else self._changed(rule)
+        if self._narrow is not None and rule is None and not gradient:
+            model = self._narrow
         stem = self._stem if rule is None and gradient else None
         x = self._placed(inputs).detach().requires_grad_(gradient)
         with (
@@ -133,10 +141,14 @@ class Classifier:
             selected.detach(),
             found,
             {
-                name: Layer(*(self.spatial_layers[name].channels_first(t) for t in (outputs[name].detach(), to_layer)))
+                name: Layer(self._grid(name, outputs[name]), self._grid(name, to_layer))
                 for name, to_layer in zip(layers, gradients, strict=True)
             },
         )
+
+    def _grid(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a layer's output, or a gradient there, as [n, channels, h, w]."""
+        return self.spatial_layers[name].channels_first(tensor.detach()).to(self.dtype)
 
     @property
     def differentiable(self) -> bool:

@@ -1,0 +1,238 @@
+"""The server under load: explanations over HTTP by our handler and by TorchServe's own, and predictions beside them."""
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import httpx
+import torch
+
+from bench import machine, tables
+from bench.stock import build_stock
+from bench.subjects import LITE0, network
+from deploy import ROOT
+from deploy.archive import build_archive, parser
+from deploy.offline import progress
+from deploy.photo import photo_path
+from deploy.serve import Server, free_ports, serving
+
+STEPS = 15  # of the stock handler's Integrated Gradients
+# The stock handler wants one class in its model file; what that stands on travels beside it.
+MODELS = {
+    "resnet18": """
+from torchvision.models.resnet import BasicBlock, ResNet
+
+class ResNet18(ResNet):
+    def __init__(self):
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+""",
+    LITE0: """
+import network
+
+class Lite0(network.EfficientNetLite0):
+    pass
+""",
+}
+CONFIG = """
+{minWorkers: 1, maxWorkers: 1, batchSize: 8, maxBatchDelay: 5, responseTimeout: 600, explanations: {limits: {seconds: 300}}}
+"""
+FIELDS = {"method": "integrated_gradients", "steps": str(STEPS)}
+CLIENTS = {1: 6, 8: 16, 32: 32}  # clients, and how many explanations they ask for together
+ROUNDS = 3
+BESIDE_SECONDS, BESIDE_PAUSE, BESIDE_CLIENTS = 15.0, 0.05, 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a load took: seconds of each answer, of all together, of the server's processors, and bytes of an answer."""
+
+    each: list[float]
+    wall: float
+    processor: float
+    size: float
+
+    @property
+    def rate(self) -> float:
+        """Answers a second."""
+        return len(self.each) / self.wall
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that a share of the values stays below."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def load(server: Server, ask: Callable[[httpx.Client], httpx.Response], clients: int, count: int) -> Load:
+    """Let clients ask one after another until `count` answers are there."""
+    waiting = iter(range(count))
+    each: list[float] = []
+    sizes: list[int] = []
+
+    def client() -> None:
+        with httpx.Client(timeout=600) as own:
+            while next(waiting, None) is not None:
+                began = time.perf_counter()
+                sizes.append(len(ask(own).raise_for_status().content))
+                each.append(time.perf_counter() - began)
+
+    processor, began = processor_seconds(server), time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        for future in [pool.submit(client) for _ in range(clients)]:
+            future.result()
+    wall = time.perf_counter() - began
+    return Load(each, wall, processor_seconds(server) - processor, statistics.mean(sizes))
+
+
+def processor_seconds(server: Server) -> float:
+    """Return what the server's processes have used of the processors so far."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            told = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(told[3]) == server.process.pid:  # the session
+            ticks += int(told[11]) + int(told[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def asking(server: Server, kind: str, name: str, fields: dict[str, str]) -> Callable[[httpx.Client], httpx.Response]:
+    """Return a request of the packaged photo."""
+    photo, url = photo_path().read_bytes(), f"{server.inference}/{kind}/{name}"
+    return lambda client: client.post(url, files={"data": photo}, data=fields, headers=server.authorization())
+
+
+def build(name: str, store: Path, folder: Path) -> None:
+    """Archive the same network for both handlers, as NAME and NAME-stock."""
+    model, weights, config = (folder / file for file in ("model.py", "weights.pth", "model-config.yaml"))
+    built, _ = network(name)
+    model.write_text(MODELS[name])
+    config.write_text(CONFIG)
+    torch.save(built.state_dict(), weights)
+    own = ROOT / "classifiers" / "imagenet" / "model.py"
+    kind = ["--model", str(own)] if name == LITE0 else ["--arch", name]
+    options = [*kind, "--weights", str(weights), "--config", str(config), "--store", str(store)]
+    build_archive(name, parser().parse_args([name, *options]))
+    beside = [shutil.copyfile(own, folder / "network.py")] if name == LITE0 else []
+    build_stock(f"{name}-stock", model, weights, [str(index) for index in range(1000)], store, folder / "stock", beside)
+
+
+def rates(server: Server, name: str) -> Iterator[dict[str, object]]:
+    """Yield, for each number of clients, what both handlers' explanations take, asked for in turns."""
+    requests = {
+        "ours": asking(server, "explanations", name, FIELDS),
+        "stock": asking(server, "explanations", f"{name}-stock", {}),
+    }
+    with progress() as shown:
+        bar = shown.add_task("", total=len(CLIENTS) * ROUNDS * len(requests))
+        for clients, count in CLIENTS.items():
+            loads: dict[str, list[Load]] = {handler: [] for handler in requests}
+            for _ in range(ROUNDS):
+                for handler, ask in requests.items():
+                    shown.update(bar, description=f"{clients} clients: {handler}")
+                    loads[handler].append(load(server, ask, clients, count))
+                    shown.advance(bar)
+            for handler, found in loads.items():
+                yield {"network": name, "clients": clients, "handler": handler} | summary(found)
+
+
+def summary(loads: Sequence[Load]) -> dict[str, float]:
+    """Return the medians over rounds, and quantiles of all answers' seconds."""
+    each = [seconds for one in loads for seconds in one.each]
+    return {
+        "rate": statistics.median(one.rate for one in loads),
+        "p50": quantile(each, 0.5),
+        "p99": quantile(each, 0.99),
+        "bytes": statistics.median(one.size for one in loads),
+        "processor_seconds": statistics.median(one.processor / len(one.each) for one in loads),
+    }
+
+
+def predictions_beside(server: Server, predicting: str, explaining: str) -> dict[str, float]:
+    """Return quantiles of predictions' seconds, alone and beside clients that explain without a pause."""
+    ask, seconds = asking(server, "predictions", predicting, {}), dict[str, list[float]]()
+    fields = FIELDS if "stock" not in explaining else {}
+    for name in ("alone", "beside"):
+        clients = BESIDE_CLIENTS if name == "beside" else 0
+        with explaining_clients(server, explaining, fields, clients), httpx.Client(timeout=600) as client:
+            time.sleep(1)
+            seconds[name] = list(paced(partial(ask, client)))
+    return {f"{name}_p{share}": quantile(found, share / 100) for name, found in seconds.items() for share in (50, 99)}
+
+
+def paced(ask: Callable[[], object]) -> Iterator[float]:
+    """Yield the seconds of answers asked for one after another, with a pause between."""
+    until = time.monotonic() + BESIDE_SECONDS
+    while time.monotonic() < until:
+        began = time.perf_counter()
+        ask()
+        yield time.perf_counter() - began
+        time.sleep(BESIDE_PAUSE)
+
+
+@contextmanager
+def explaining_clients(server: Server, name: str, fields: dict[str, str], clients: int) -> Iterator[None]:
+    """Keep clients busy with explanations while the context lasts."""
+    ask, over = asking(server, "explanations", name, fields), threading.Event()
+
+    def client() -> None:
+        with httpx.Client(timeout=600) as own:
+            while not over.is_set():
+                ask(own)
+
+    with ThreadPoolExecutor(max(1, clients)) as pool:
+        for _ in range(clients):
+            pool.submit(client)
+        try:
+            yield
+        finally:
+            over.set()
+
+
+LAYOUTS = {  # registrations, who predicts, who explains, torch's threads
+    "stock, one registration": ([f"{LITE0}-stock"], f"{LITE0}-stock", f"{LITE0}-stock", None),
+    "ours, one registration": ([LITE0], LITE0, LITE0, None),
+    "ours, explanations under a second name": ([LITE0, f"why={LITE0}"], LITE0, "why", None),
+    "ours, explanations under a second name, one thread each": ([LITE0, f"why={LITE0}"], LITE0, "why", "1"),
+}
+
+
+def main() -> None:
+    """Measure, print, and write server.json."""
+    out = ROOT / "run" / "bench"
+    out.mkdir(parents=True, exist_ok=True)
+    explanations: list[dict[str, object]] = []
+    predictions: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        store = Path(temporary, "store")
+        store.mkdir()
+        for name in MODELS:
+            folder = Path(temporary, name)
+            folder.mkdir()
+            build(name, store, folder)
+            with serving([name, f"{name}-stock"], store, free_ports(), folder / "run") as server:
+                explanations += rates(server, name)
+        for layout, (names, predicting, explaining, threads) in LAYOUTS.items():
+            own = {"OMP_NUM_THREADS": threads} if threads else {}
+            with serving(names, store, free_ports() | own, Path(temporary, "beside")) as server:
+                predictions[layout] = predictions_beside(server, predicting, explaining)
+    told = machine.describe(len(os.sched_getaffinity(0)))
+    results = {"machine": told, "steps": STEPS, "explanations": explanations, "predictions": predictions}
+    (out / "server.json").write_text(json.dumps(results, indent=1))
+    table = tables.server(results)
+    (out / "server.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
