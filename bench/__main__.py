@@ -11,29 +11,33 @@ from rich.console import Console
 
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
-from bench.ours import SENSITIVITIES, WORKS
+from bench.ours import SENSITIVITIES, WITHIN, WORKS
 from bench.subjects import LITE0, NETWORKS
 from deploy import ROOT
 from deploy.offline import progress
 
-HEAVY = {"integrated_gradients, 20 steps x 10 noisy copies", "five methods", "occlusion", "lime", "kernel_shap"}
+SMOOTHED = "integrated_gradients, 20 steps x 10 noisy copies"
+ON_ONE = {"occlusion", "lime", "kernel_shap", "five methods", SMOOTHED}  # on the smallest network alone
+BY_ONE = {"integrated_gradients, 50 steps", WITHIN, "gradient_shap", SMOOTHED}  # a batch of them takes minutes a round
 
 
 def plan(quick: bool) -> list[tuple[str, int, str]]:
-    """Return the network, batch and work of every contest; the heaviest run on the smallest network alone."""
+    """Return the network, batch and work of every contest that ends within minutes."""
     if quick:
         return [(LITE0, 1, work) for work in ("integrated_gradients, 50 steps", "grad_cam", "saliency")]
     every = product(NETWORKS, (1, 8), (*WORKS, *SENSITIVITIES))
-    return [
-        (network, batch, work)
-        for network, batch, work in every
-        if network == LITE0 or (work not in HEAVY and _fits(batch, work))
-    ]
+    return [contest for contest in every if _ends(*contest)]
 
 
-def _fits(batch: int, work: str) -> bool:
-    """Whether a contest on a ResNet ends within minutes."""
-    return batch == 1 or ("50 steps" not in work and work != "gradient_shap")
+def _ends(network: str, batch: int, work: str) -> bool:
+    if network == LITE0:
+        return batch == 1 or work not in (SMOOTHED, WITHIN)
+    return work not in ON_ONE and (batch == 1 or work not in BY_ONE)
+
+
+def title(network: str, batch: int, work: str) -> str:
+    """Return a contest's name."""
+    return f"{network} x {batch}: {work}"
 
 
 def record(network: str, batch: int, work: str, results: list[Result]) -> list[dict[str, Any]]:
@@ -71,7 +75,7 @@ def main() -> int:
     """Run what the command line asks for."""
     command = argparse.ArgumentParser(prog="make bench", description=__doc__)
     command.add_argument("--quick", action="store_true", help="three contests instead of all")
-    command.add_argument("--work", default="", help="only works whose name holds this; other results stay as they are")
+    command.add_argument("--only", default="", help="contests whose name holds this; other results stay as they are")
     command.add_argument("--threads", type=int, default=1, help="of torch, for every contestant (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
     command.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
@@ -80,14 +84,14 @@ def main() -> int:
     options = command.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     told, kept = machine.describe(options.threads), options.out / "library.json"
-    contests = [contest for contest in plan(options.quick) if options.work in contest[2]]
+    contests = [contest for contest in plan(options.quick) if options.only in title(*contest)]
     lines: list[dict[str, Any]] = []
-    if options.work and kept.exists():  # the others stay as they were measured
+    if options.only and kept.exists():  # the others stay as they were measured
         lines = [line for line in json.loads(kept.read_text())["results"] if tables.contest_of(line) not in contests]
     with progress() as shown:
         bar = shown.add_task("", total=len(contests))
         for network, batch, work in contests:
-            shown.update(bar, description=f"{network} x {batch}: {work}"[:60])
+            shown.update(bar, description=title(network, batch, work))
             lines += record(
                 network, batch, work, compete(network, batch, work, options.threads, options.repeats, options.budget)
             )

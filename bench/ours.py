@@ -1,11 +1,12 @@
 """The engine's side: each work as jobs of one run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from attribution.classifier import Classifier
 from attribution.engine import Engine
 from attribution.job import Job
 from attribution.methods import METHODS, Case, Method, Smoothing
@@ -50,7 +51,7 @@ WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
 SENSITIVITIES = {"max sensitivity of saliency": "saliency", "max sensitivity of grad_cam": "grad_cam"}
 
 
-def prepare(work: str, subject: Subject) -> Run:
+def prepare(work: str, subject: Subject, _chunk: int | None) -> Run:
     """Return the run of a work by the engine as it is served."""
     engine = Engine(subject.classifier, Limits().pack)
     logits = engine.logits(list(subject.images))
@@ -63,6 +64,13 @@ def prepare(work: str, subject: Subject) -> Run:
         return lambda: _sensitivity(engine, repeated)
     jobs = [Job(method, case, smoothing) for case in cases for method, smoothing in WORKS[work]]
     return lambda: _explain(engine, jobs)
+
+
+def prepare_narrow(work: str, subject: Subject, chunk: int | None) -> Run:
+    """Return the run of a work by the engine with its rows without a gradient in bfloat16."""
+    served, size = subject.classifier, subject.images.shape[-2:]
+    narrow = Classifier(subject.network, served.normalization, (size[0], size[1]), narrow=torch.bfloat16)
+    return prepare(work, replace(subject, classifier=narrow), chunk)
 
 
 def _explain(engine: Engine, jobs: list[Job]) -> Outcome:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
-PEERS = ("captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor")
+PEERS = ("ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor")
 HEAD = "| work | ours, s | peer | peer, s | ratio | memory ours / peer, MB | error ours / peer | cosine |"
 
 
