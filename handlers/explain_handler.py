@@ -47,7 +47,7 @@ class ExplainHandler:
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         self._service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})
         self._service.warm_up()
-        log.info("%s %s on %s: %d classes, %d batch norms folded, last layer %s", context.model_name, version, device,
+        log.info("%s %s on %s: %d classes, %d layers folded, last layer %s", context.model_name, version, device,
                  classifier.classes, classifier.folded, classifier.last_layer)  # fmt: skip
         for method, why in self._service.refused.items():
             log.info("%s cannot serve %s: %s", method, context.model_name, why)

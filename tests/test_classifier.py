@@ -8,7 +8,7 @@ from torchvision.models import get_model
 
 from attribution.classifier import Classifier, Normalization
 from attribution.errors import Unsupported
-from attribution.folding import fold_batch_norms
+from attribution.folding import fold_layers
 from attribution.layers import find_spatial_layers
 from attribution.methods.guided import GuidedRelus
 from attribution.methods.lrp import Composite, Relevance
@@ -18,9 +18,59 @@ from serving.parameters import Capabilities
 
 def test_folding_keeps_the_logits_and_removes_the_norms(model, image):
     expected = model(image[None]).detach()
-    assert fold_batch_norms(model) == 2
+    assert fold_layers(model) == 2
     torch.testing.assert_close(model(image[None]), expected)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+class Padded(nn.Sequential):
+    """A stem, then a padding before a strided convolution, as TensorFlow pads."""
+
+    def __init__(self, before, kernel=3, stride=2, **options):
+        torch.manual_seed(6)
+        stem = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 6, 3), nn.ReLU()]
+        strided = nn.Conv2d(6, 6, kernel, stride, **options)
+        super().__init__(*stem, before, strided, nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("padding", "kernel", "options"),
+    [
+        ((0, 1, 0, 1), 3, {"groups": 6}),
+        ((1, 2, 1, 2), 5, {}),
+        ((2, 2, 1, 1), 3, {"bias": False}),
+        ((0, 3, 1, 1), 4, {"stride": 3}),
+    ],
+)
+def test_a_padding_is_folded_into_the_convolution_after_it(image, padding, kernel, options):
+    model = Padded(nn.ZeroPad2d(padding), kernel, **options).double().eval()
+    inputs = image[None].clone().requires_grad_()
+    expected = model(inputs)
+    slope = torch.autograd.grad(expected[0, 2], inputs)[0]
+    assert fold_layers(model) == 2
+    assert isinstance(model[3], nn.Identity) and isinstance(model[0], nn.ZeroPad2d)  # the stem's stays
+    found = model(inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found[0, 2], inputs)[0], slope)
+
+
+@pytest.mark.parametrize(
+    ("padding", "options"),
+    [
+        (nn.ZeroPad2d((1, 0, 1, 0)), {}),
+        (nn.ZeroPad2d((-1, 1, 0, 1)), {}),
+        (nn.ReflectionPad2d(1), {}),
+        (nn.ConstantPad2d(1, 0.5), {}),
+        (nn.ZeroPad2d((0, 1, 0, 1)), {"padding": 1}),
+        (nn.ZeroPad2d((0, 1, 0, 1)), {"dilation": 2}),
+    ],
+)
+def test_a_padding_that_a_convolution_cannot_take_over_stays(image, padding, options):
+    model = Padded(padding, **options).double().eval()
+    expected = model(image[None])
+    assert fold_layers(model) == 1  # the batch norm
+    assert model[3] is padding
+    torch.testing.assert_close(model(image[None]), expected)
 
 
 def test_a_convolution_that_feeds_something_else_too_is_not_folded(image):
@@ -36,7 +86,7 @@ def test_a_convolution_that_feeds_something_else_too_is_not_folded(image):
     model = Shared().double().eval()
     model.norm.running_mean.fill_(2.0)
     expected = model(image[None]).detach()
-    assert fold_batch_norms(model) == 0
+    assert fold_layers(model) == 0
     torch.testing.assert_close(model(image[None]), expected)
 
 
@@ -45,7 +95,7 @@ def test_a_module_used_twice_is_not_folded(image):
     model = nn.Sequential(convolution, norm, convolution, norm).double().eval()
     norm.running_var.fill_(3.0)
     expected = model(image[None]).detach()
-    assert fold_batch_norms(model) == 0
+    assert fold_layers(model) == 0
     torch.testing.assert_close(model(image[None]), expected)
 
 
@@ -234,7 +284,7 @@ def test_folding_that_changes_the_answer_is_undone(monkeypatch):
         model.head.weight += 1
         return 3
 
-    monkeypatch.setattr("attribution.classifier.fold_batch_norms", broken)
+    monkeypatch.setattr("attribution.classifier.fold_layers", broken)
     model = Answering(lambda m, x: m.layers[0](x), nn.Conv2d(3, 6, 3))
     classifier = Classifier(model, NORMALIZATION, (16, 16))
     x = torch.randn(1, 3, 16, 16)

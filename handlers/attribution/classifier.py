@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from attribution.errors import Unsupported
-from attribution.folding import fold_batch_norms
+from attribution.folding import fold_layers
 from attribution.functions import operations
 from attribution.layers import Grid, find_spatial_layers
 from attribution.narrow import narrowed
@@ -48,7 +48,7 @@ class Normalization:
 class Classifier:
     """A classifier's passes over rows of normalised images [n, C, H, W]; the module it is given stays untouched.
 
-    The module is copied, put into evaluation mode, frozen, its batch norms folded (exact up to rounding) and
+    The module is copied, put into evaluation mode, frozen, its batch norms and paddings folded (exact up to rounding) and
     laid out channels-last. With `narrow` arithmetic, such as bfloat16, rows that want no gradient at the image are
     evaluated in it; predictions never are. Raises ValueError where its output is not [n, classes] with at least two
     classes.
@@ -206,16 +206,16 @@ class Classifier:
 
 
 def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
-    """Return a frozen copy in evaluation mode with its batch norms folded, and how many; it answers what the model does."""
+    """Return a frozen copy in evaluation mode with layers folded, and how many; it answers what the model does."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     noise = noise.to(next((p for p in copied.parameters()), noise))
     with torch.no_grad():
         expected = copied(noise[:1].clone())
-        folded = fold_batch_norms(copied)
+        folded = fold_layers(copied)
         copied.requires_grad_(False)  # the folded weights are new
         if not folded or not isinstance(expected, Tensor) or _alike(expected, copied(noise[:1].clone())):
             return copied, folded
-    log.warning("batch norms are not folded: the model would not answer as before")
+    log.warning("layers are not folded: the model would not answer as before")
     return copy.deepcopy(model).eval().requires_grad_(False), 0
 
 
