@@ -38,10 +38,10 @@ def fold_layers(model: nn.Module) -> int:
     stem, folded = next(convolutions, None), 0
     for first, second in _neighbours(model, nodes):
         before, after = model.get_submodule(first), model.get_submodule(second)
-        if _is_plainly(nn.Conv2d, before) and _is_plainly(nn.BatchNorm2d, after) and _has_statistics(after):
+        if _is_plainly(before, nn.Conv2d) and _is_plainly(after, nn.BatchNorm2d) and _has_statistics(after):
             _fold(before, after)
             model.set_submodule(second, nn.Identity())
-        elif _is_plainly(nn.ZeroPad2d, before) and _is_plainly(nn.Conv2d, after) and _takes(after, before) and second != stem:
+        elif _is_plainly(before, nn.ZeroPad2d) and _is_plainly(after, nn.Conv2d) and _takes(after, before) and second != stem:
             _merge(after, before)
             model.set_submodule(first, nn.Identity())
         else:
@@ -63,7 +63,7 @@ def _neighbours(model: nn.Module, nodes: list[fx.Node]) -> Iterator[tuple[str, s
             yield names
 
 
-def _is_plainly(kind: type[M], module: nn.Module) -> TypeGuard[M]:
+def _is_plainly(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a module does what its class says: a subclass, a hook or a parametrization may do more (timm's norms do)."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is kind and not hooked and not parametrize.is_parametrized(module)
