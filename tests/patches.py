@@ -18,12 +18,12 @@ def patched(colour: str, seed: int) -> tuple[Image.Image, tuple[int, int]]:
     return Image.fromarray(pixels), (top, left)
 
 
-def write_folder(folder: Path, colours=tuple(COLOURS), count=16) -> Path:
+def write_folder(folder: Path, colours=tuple(COLOURS), count=16, start=0) -> Path:
     """Write a folder of images for each colour."""
     for number, colour in enumerate(colours):
         (folder / colour).mkdir(parents=True)
         for place in range(count):
-            patched(colour, 1000 * number + place)[0].save(folder / colour / f"{place:03}.png")
+            patched(colour, 1000 * number + start + place)[0].save(folder / colour / f"{place:03}.png")
     return folder
 
 

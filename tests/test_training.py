@@ -2,12 +2,8 @@
 
 import json
 
-import httpx
 import pytest
-import torch
 import yaml
-from conftest import ROOT
-from live import served
 from patches import COLOURS, patched, times_by_chance, write_folder
 from safetensors.torch import load_file
 
@@ -16,13 +12,12 @@ from attribution.classifier import Classifier
 from attribution.engine import Engine
 from attribution.job import Job
 from attribution.methods import METHODS, Case
-from deploy.archive import build_archive, parser
 from serving.images import read_picture
-from serving.loading import build_network, load_classifier
+from serving.loading import build_network
 from serving.pictures import png
 from serving.settings import read_settings
 from training.__main__ import main
-from training.recipe import read_recipe, recipe_names
+from training.recipe import recipe_names
 from training.report import explain
 
 TWO = ("blue", "red")
@@ -86,6 +81,6 @@ def test_a_recipe_learns_what_tells_the_classes_apart_and_its_maps_show_it(train
         image, corner = patched(colour, seed)
         picture = read_picture(png(image), preprocessing, 10**6)
         target = metrics["classes"].index(colour)
-        (values,) = explain(engine, [Job(METHODS["occlusion"](), Case(classifier, picture.input, target))])
+        (values,) = explain(engine, [Job(METHODS["biased_layer"](), Case(classifier, picture.input, target))])
         times.append(times_by_chance(values, corner))
-    assert sorted(times)[1] > 2, times
+    assert min(times) > 2 and sorted(times)[3] > 3, times

@@ -15,6 +15,7 @@ from training.errors import Unusable
 from training.experiment import Experiment
 from training.features import Place
 from training.fit import OPTIMIZERS
+from training.gan import Drawing
 from training.networks import PRETRAINED
 from training.recipe import Recipe, read_recipe, recipe_names
 from training.run import run
@@ -38,6 +39,11 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     command.add_argument("--size", type=_positive, default=recipe.size, help="of the model's input (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of splits, weights and order (default: %(default)s)")
     command.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that read images")
+    if recipe.draws:
+        command.add_argument(
+            "--draw", type=int, default=0, metavar="N", help="train again with a GAN's N images a class, and compare"
+        )
+        command.add_argument("--draw-steps", type=_positive, default=Drawing().steps, help="of each GAN (default: %(default)s)")
     command.set_defaults(carry_out=train, recipe=recipe, name=name)
 
 
@@ -57,6 +63,7 @@ def train(options: argparse.Namespace) -> int:
                 options.out,
                 options.seed,
                 Place(device, options.workers, progress=progress),
+                Drawing(options.draw, options.draw_steps, device=device, progress=progress) if recipe.draws else Drawing(),
             )
         )
     console = Console()

@@ -14,6 +14,7 @@ from training.data import SPLITS, Data, Images
 from training.export import Architecture
 from training.features import Place, Source, read_source
 from training.fit import Epoch
+from training.gan import Drawing
 from training.networks import preprocessing_for
 from training.recipe import Recipe
 
@@ -32,7 +33,7 @@ class Experiment:
     out: Path
     seed: int
     place: Place
-    synthetic: int = 0  # images of a GAN for each class
+    drawing: Drawing = field(default_factory=Drawing)  # of a GAN's images to train on, none by default
     states: Path = STATES
 
     @property

@@ -1,8 +1,9 @@
 """The learning part of a network is trained: epoch by epoch, going on where it was stopped, the best epoch kept."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from training.data import mixed
+from training.errors import Unusable
 from training.features import Source, in_order, shuffled
 from training.recipe import Recipe
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter], Recipe], torch.optim.Optimizer]] = {
     "adamw": lambda parameters, recipe: torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay),
     "sgd": lambda parameters, recipe: torch.optim.SGD(
         parameters, recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay
@@ -39,8 +41,8 @@ class Training:
 
     def __init__(self, trained: nn.Module, recipe: Recipe, weights: Tensor, seed: int, path: Path) -> None:
         self.trained, self.recipe, self.weights, self.seed, self.path = trained, recipe, weights, seed, path
-        self.optimizer: torch.optim.Optimizer = OPTIMIZERS[recipe.optimizer](trained.parameters(), recipe)
-        self.scaler = torch.amp.GradScaler(enabled=weights.is_cuda)  # type: ignore[no-untyped-call]
+        self.optimizer = OPTIMIZERS[recipe.optimizer](trained.parameters(), recipe)
+        self.scaler = torch.amp.GradScaler(enabled=weights.is_cuda)
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         if path.exists():
@@ -54,7 +56,7 @@ class Training:
         return len(losses) >= self.recipe.epochs or waited >= self.recipe.patience
 
     def epoch(self, train: Source, val: Source, progress: Progress) -> None:
-        """Train an epoch, evaluate it, keep it if it is the best."""
+        """Train an epoch, evaluate it, keep it if it is the best; raises Unusable where the loss is not finite."""
         began, number = time.perf_counter(), len(self.epochs)
         torch.manual_seed(mixed(self.seed, number))  # dropout's draws, also where training goes on
         order = shuffled(len(train.labels), self.recipe.batch, self.seed, number)
@@ -69,6 +71,8 @@ class Training:
         logits, labels = predict(self.trained, val)
         val_loss = float(cross_entropy(logits, labels, self.weights.cpu()))
         accuracy = float((logits.argmax(1) == labels).float().mean())
+        if not isfinite(loss + val_loss):
+            raise Unusable(f"the loss of epoch {number + 1} is not finite; allowed: a --learning-rate that is lower")
         self.epochs.append(Epoch(loss / seen, right / seen, val_loss, accuracy, time.perf_counter() - began))
         if val_loss == min(epoch.val_loss for epoch in self.epochs):
             self.best = {name: tensor.clone() for name, tensor in self.trained.state_dict().items()}

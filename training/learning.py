@@ -19,12 +19,15 @@ from training.recipe import Part
 def learn(experiment: Experiment, data: Data) -> Learnt:
     """Train a backbone's learning part by gradient."""
     torch.manual_seed(experiment.seed)
-    network = build(experiment.backbone, experiment.weights, len(data.classes), experiment.recipe.part)
+    recipe = experiment.recipe
+    network = build(
+        experiment.backbone, experiment.weights, len(data.classes), recipe.part, recipe.first.get(experiment.backbone)
+    )
     network.model.to(experiment.place.device)
-    sources = read_sources(experiment, data, network.frozen, experiment.recipe.augmentation)
+    sources = read_sources(experiment, data, network.frozen, recipe.augmentation)
     weights = balanced(data.counts("train")).to(experiment.place.device)
     path = experiment.states / f"{state_key(experiment, data)}.pt"
-    training = Training(network.trained, experiment.recipe, weights, experiment.seed, path)
+    training = Training(network.trained, recipe, weights, experiment.seed, path)
     epochs = fit(training, sources["train"], sources["val"], experiment.place.progress)
     logits = {split: predict(network.trained, sources[split])[0] for split in SPLITS[1:]}
     return Learnt(network.model.eval(), architecture_of(experiment.backbone), logits, epochs)

@@ -64,7 +64,7 @@ def preprocessing_for(name: str, size: int, normalization: Normalization | None 
     return Preprocessing.model_validate({"resize": size, "crop": size, **settings})
 
 
-def build(name: str, weights: str, classes: int, part: Part) -> Network:
+def build(name: str, weights: str, classes: int, part: Part, first: str | None = None) -> Network:
     """Build a backbone with a new head for `classes`; raises Unusable where its weights cannot be had or do not fit."""
     if weights == RANDOM or name == "cnn":
         model = _blank(name, classes)
@@ -73,16 +73,16 @@ def build(name: str, weights: str, classes: int, part: Part) -> Network:
         _replace_head(model, classes)
     if weights == RANDOM:
         warnings.warn(f"{name} starts from random weights: its frozen part knows nothing of images", stacklevel=2)
-    return divided(model, part, BACKBONES[name].last_stage)
+    return divided(model, part, first or BACKBONES[name].last_stage)
 
 
-def divided(model: nn.Module, part: Part, last_stage: str) -> Network:
-    """Freeze what does not learn: all before the head, before the last stage, or nothing."""
+def divided(model: nn.Module, part: Part, first: str) -> Network:
+    """Freeze what does not learn: all before the head, before `first` of the last stage, or nothing."""
     steps = list(_chain(model))
     names = [name for name, _ in steps]
     starts = {Part.ALL: 0, Part.HEAD: names.index(head_of(model))}
     if part not in starts:
-        starts[part] = next(place for place, name in enumerate(names) if f"{name}.".startswith(last_stage))
+        starts[part] = next(place for place, name in enumerate(names) if f"{name}.".startswith(f"{first}." if first else ""))
     modules = [module for _, module in steps]
     frozen, trained = nn.Sequential(*modules[: starts[part]]), nn.Sequential(*modules[starts[part] :])
     frozen.eval().requires_grad_(False)

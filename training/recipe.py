@@ -25,12 +25,14 @@ class Part(StrEnum):
 class Recipe:
     """An experiment's settings; the first of its backbones is the default, and `lite0` serves every recipe.
 
-    Images are resized by their shorter side to `size` and cropped to the centre. `normalization` replaces a
-    backbone's own. Training ends after `epochs`, or `patience` of them without a lower loss on the validation images.
+    `first` names a backbone's first module that learns, where its last stage is not enough. Images are resized by
+    their shorter side to `size` and cropped to the centre. `normalization` replaces a backbone's own. Training ends
+    after `epochs`, or `patience` of them without a lower loss on the validation images.
     """
 
     backbones: tuple[str, ...]
     part: Part
+    first: Mapping[str, str] = field(default_factory=dict)
     size: int = 224
     augmentation: nn.Module | None = None
     normalization: Mapping[str, Normalization] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Recipe:
     batch: int = 32
     patience: int = 8
     ratio: tuple[float, float, float] = (0.7, 0.15, 0.15)  # train, val, test
+    draws: bool = False  # a GAN may draw more images
     method: str = "grad_cam"  # explains by default
 
     @property

@@ -1,4 +1,4 @@
-"""Birds of 10 species, report 3: a CNN of three blocks, VGG19 or Xception; `--synthetic N` adds images of a small GAN."""
+"""Birds of 10 species, report 3: a CNN of three blocks, VGG19 or Xception; `--draw N` adds a small GAN's images."""
 
 from torch import nn
 from torchvision import transforms
@@ -13,4 +13,5 @@ RECIPE = Recipe(
         transforms.RandomAffine(degrees=40, translate=(0.2, 0.2), scale=(0.8, 1.2)),
     ),
     epochs=40,
+    draws=True,
 )

@@ -5,7 +5,9 @@ from training.recipe import Part, Recipe
 RECIPE = Recipe(
     backbones=("lite0", "resnet34"),
     part=Part.LAST_STAGE,
+    first={"lite0": "features.7", "resnet34": "layer3"},  # later ones have forgotten threads
     size=256,  # the images have 250 pixels, a local defect 10 to 20
+    learning_rate=5e-4,
     epochs=15,
     patience=5,
 )
