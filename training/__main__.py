@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from deploy import ROOT
 from training.errors import Unusable
 from training.experiment import Experiment
 from training.features import Place
@@ -20,6 +21,7 @@ from training.networks import PRETRAINED
 from training.recipe import Recipe, read_recipe, recipe_names
 from training.run import run
 
+RUN = ROOT / "run"  # where what can be computed again is kept
 OVERRIDES = ("epochs", "batch", "learning_rate", "optimizer", "size")  # of a recipe, by the command line
 
 
@@ -43,7 +45,7 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
         command.add_argument(
             "--draw", type=int, default=0, metavar="N", help="train again with a GAN's N images a class, and compare"
         )
-        command.add_argument("--draw-steps", type=_positive, default=Drawing().steps, help="of each GAN (default: %(default)s)")
+        command.add_argument("--draw-steps", type=_positive, default=20_000, help="of each GAN (default: %(default)s)")
     command.set_defaults(carry_out=train, recipe=recipe, name=name)
 
 
@@ -53,19 +55,12 @@ def train(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        metrics = run(
-            Experiment(
-                options.name,
-                recipe,
-                options.backbone,
-                options.weights,
-                options.data,
-                options.out,
-                options.seed,
-                Place(device, options.workers, progress=progress),
-                Drawing(options.draw, options.draw_steps, device=device, progress=progress) if recipe.draws else Drawing(),
-            )
-        )
+        place = Place(device, RUN / "features", options.workers, progress)
+        drawing = None
+        if recipe.draws and options.draw:
+            drawing = Drawing(options.draw, options.draw_steps, RUN / "drawn", device, progress=progress)
+        asked = (options.name, recipe, options.backbone, options.weights, options.data, options.out, options.seed)
+        metrics = run(Experiment(*asked, place, RUN / "training", drawing))
     console = Console()
     for path, why in metrics["skipped"].items():
         console.print(f"left out: {path}: {why}", markup=False)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deploy import ROOT
 from serving.settings import Preprocessing
 from training.data import SPLITS, Data, Images
 from training.export import Architecture
@@ -17,8 +16,6 @@ from training.fit import Epoch
 from training.gan import Drawing
 from training.networks import preprocessing_for
 from training.recipe import Recipe
-
-STATES = ROOT / "run" / "training"
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class Experiment:
     out: Path
     seed: int
     place: Place
-    drawing: Drawing = field(default_factory=Drawing)  # of a GAN's images to train on, none by default
-    states: Path = STATES
+    states: Path
+    drawing: Drawing | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -13,10 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from deploy import ROOT
 from training.data import Images, mixed
 
-FOLDER = ROOT / "run" / "features"
 LARGEST = 2 * 2**30  # bytes of a split's features that are kept; larger ones are made in every epoch
 BATCH = 64
 Batch = tuple[Tensor, Tensor]  # inputs of the learning part, and labels
@@ -27,8 +25,8 @@ class Place:
     """Where and how features are computed and kept."""
 
     device: torch.device
+    folder: Path
     workers: int = 0
-    folder: Path = FOLDER
     progress: Progress = field(default_factory=lambda: Progress(disable=True))
 
 

@@ -51,9 +51,8 @@ class Training:
     @property
     def over(self) -> bool:
         """Whether all epochs are trained, or none of the last few was better than one before."""
-        losses = [epoch.val_loss for epoch in self.epochs]
-        waited = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-        return len(losses) >= self.recipe.epochs or waited >= self.recipe.patience
+        waited = len(self.epochs) - 1 - self.epochs.index(max(self.epochs, key=_worth)) if self.epochs else 0
+        return len(self.epochs) >= self.recipe.epochs or waited >= self.recipe.patience
 
     def epoch(self, train: Source, val: Source, progress: Progress) -> None:
         """Train an epoch, evaluate it, keep it if it is the best; raises Unusable where the loss is not finite."""
@@ -74,7 +73,7 @@ class Training:
         if not isfinite(loss + val_loss):
             raise Unusable(f"the loss of epoch {number + 1} is not finite; allowed: a --learning-rate that is lower")
         self.epochs.append(Epoch(loss / seen, right / seen, val_loss, accuracy, time.perf_counter() - began))
-        if val_loss == min(epoch.val_loss for epoch in self.epochs):
+        if max(self.epochs, key=_worth) is self.epochs[-1]:
             self.best = {name: tensor.clone() for name, tensor in self.trained.state_dict().items()}
         self._keep()
 
@@ -119,6 +118,11 @@ def fit(training: Training, train: Source, val: Source, progress: Progress) -> l
     training.trained.load_state_dict(training.best)
     training.trained.eval()
     return training.epochs
+
+
+def _worth(epoch: Epoch) -> tuple[float, float]:
+    """Order epochs by accuracy, equals by loss: the loss of an overfitting network grows while it still gets better."""
+    return epoch.val_accuracy, -epoch.val_loss
 
 
 def balanced(counts: Sequence[int]) -> Tensor:

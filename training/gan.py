@@ -13,23 +13,21 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from deploy import ROOT
 from serving.settings import Preprocessing
 from training.data import Images, Sample, mixed
 
 SIDE, NOISE, WIDTH = 64, 100, 32  # pixels, numbers that an image is drawn from, channels of the finest layer
-FOLDER = ROOT / "run" / "gan"
 
 
 @dataclass(frozen=True)
 class Drawing:
     """How many images of each class are drawn, and after how many steps of learning, each on `batch` images."""
 
-    images: int = 0
-    steps: int = 20_000
+    images: int
+    steps: int
+    folder: Path
+    device: torch.device
     batch: int = 32
-    folder: Path = FOLDER
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = field(default_factory=lambda: Progress(disable=True))
 
 

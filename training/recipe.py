@@ -27,7 +27,7 @@ class Recipe:
 
     `first` names a backbone's first module that learns, where its last stage is not enough. Images are resized by
     their shorter side to `size` and cropped to the centre. `normalization` replaces a backbone's own. Training ends
-    after `epochs`, or `patience` of them without a lower loss on the validation images.
+    after `epochs`, or `patience` of them without a better one on the validation images.
     """
 
     backbones: tuple[str, ...]

@@ -14,7 +14,7 @@ from training.data import SPLITS, Data, read_folder
 from training.evaluation import Scores, evaluate
 from training.experiment import Experiment, Learnt
 from training.export import check_out, export, write_metrics
-from training.gan import draw_samples
+from training.gan import Drawing, draw_samples
 from training.learning import learn, learn_direction
 from training.recipe import Part
 from training.report import write_report
@@ -29,10 +29,10 @@ def run(experiment: Experiment) -> dict[str, Any]:
     data = read_folder(experiment.folder, preprocessing, recipe.ratio, experiment.seed, watch)
     learnt = learn_direction(experiment, data) if recipe.part is Part.DIRECTION else learn(experiment, data)
     told = described(experiment, data)
-    if experiment.drawing.images:
+    if experiment.drawing is not None:
         drawn = {"images": experiment.drawing.images, "steps": experiment.drawing.steps}
         told |= {"drawn": drawn, "without_drawn": asdict(scores(learnt, data)["test"])}
-        learnt = learn(experiment, with_drawn(experiment, data))
+        learnt = learn(experiment, with_drawn(experiment, experiment.drawing, data))
     metrics = told | {
         **{split: asdict(score) for split, score in scores(learnt, data).items()},
         "epochs": [asdict(epoch) for epoch in learnt.epochs],
@@ -65,8 +65,8 @@ def scores(learnt: Learnt, data: Data) -> dict[str, Scores]:
     return {split: evaluate(logits, labels(split), data.classes) for split, logits in learnt.logits.items()}
 
 
-def with_drawn(experiment: Experiment, data: Data) -> Data:
+def with_drawn(experiment: Experiment, drawing: Drawing, data: Data) -> Data:
     """Return the data with a GAN's images of each class among those to train on."""
     train = data.splits["train"]
-    drawn = draw_samples(train, data.classes, experiment.drawing, experiment.seed)
+    drawn = draw_samples(train, data.classes, drawing, experiment.seed)
     return replace(data, splits=data.splits | {"train": [*train, *drawn]})

@@ -8,6 +8,6 @@ RECIPE = Recipe(
     first={"lite0": "features.7", "resnet34": "layer3"},  # later ones have forgotten threads
     size=256,  # the images have 250 pixels, a local defect 10 to 20
     learning_rate=5e-4,
-    epochs=15,
+    epochs=6,
     patience=5,
 )
