@@ -151,6 +151,7 @@ def main() -> int:
     """Measure, and draw the picture."""
     command = argparse.ArgumentParser(prog="python -m study.textile", description=__doc__)
     command.add_argument("--data", type=Path, required=True, help="the folder that the recipe was trained on")
+    command.add_argument("--images", type=int, help="how many held-out local defects are explained (default: all)")
     command.add_argument("--way", default="saliency smoothgrad", choices=[way.name for way in WAYS], help="of the picture")
     command.add_argument(
         "--out", type=Path, default=ROOT / "run" / "textile", help="where the results go (default: run/textile)"
@@ -165,7 +166,7 @@ def main() -> int:
         paths = [sample.path for sample in data.splits[split] if sample.label == label]
         return [read_picture(path.read_bytes(), preprocessing, PIXELS) for path in paths]
 
-    weave, held_out = Weave(pictures("train", nominal)[:NOMINAL]), pictures("test", local)
+    weave, held_out = Weave(pictures("train", nominal)[:NOMINAL]), pictures("test", local)[: options.images]
     clearest = min(weave.surprise(picture).max() for picture in held_out)
     dullest = max(weave.surprise(picture).max() for picture in pictures("test", nominal))
     measured = measure(engine, held_out, weave, local, options.way)
