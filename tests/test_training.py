@@ -174,4 +174,4 @@ def test_a_trained_classifier_is_served(trained, tmp_path):
             expected = dict(zip(sorted(COLOURS), logits.softmax(0).tolist(), strict=True))
             assert answer == pytest.approx(expected, abs=1e-4) and max(answer, key=answer.get) == colour
             why = httpx.post(f"{server.inference}/explanations/patches", content=data, timeout=60).json()
-            assert why["explanations"][0]["method"] == "grad_cam" and why["predicted"]["label"] == colour
+            assert why["explanations"][0]["method"] == read_recipe("textile")[0].method and why["predicted"]["label"] == colour
