@@ -77,7 +77,7 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
     model = _first(options.model, folder / MODEL)
     if model is not None and content.get("classifier", {}).get("architecture") == MODEL:
         shutil.copyfile(model, stage / MODEL)
-    source = _source(folder)
+    source = read_source(folder)
     weights = _first(options.weights, *(folder / name for name in WEIGHT_FILES))
     if weights is None and source is None:
         raise Refused(
@@ -216,7 +216,7 @@ def _existing(text: str) -> Path:
     return path
 
 
-def _source(folder: Path) -> Any:
+def read_source(folder: Path) -> Any:
     """Import a classifier's source.py, which says where weights and labels come from; it never travels."""
     if not (folder / "source.py").exists():
         return None

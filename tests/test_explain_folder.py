@@ -75,7 +75,7 @@ def command(store, data, out, *more):
     explain.add_parser(parser.add_subparsers(required=True))
     given = ["explain", "small", "--store", store, "--data", data, "--out", out, "--set", "steps=4", *more]
     options = parser.parse_args(list(map(str, given)))
-    return options.run(options)
+    return options.carry_out(options)
 
 
 @pytest.fixture(scope="module")

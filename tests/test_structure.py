@@ -9,11 +9,11 @@ from conftest import ROOT
 import explain_handler
 
 # Who may import whom, from the bottom up.
-ORDER = ["attribution", "serving", "explain_handler", "deploy"]
+ORDER = ["attribution", "serving", "explain_handler", "deploy", "training", "study", "bench"]
 
 
 def modules():
-    for top in ("handlers", "deploy"):
+    for top in ("handlers", "deploy", "training", "study", "bench"):
         yield from (path for path in (ROOT / top).rglob("*.py") if "__pycache__" not in path.parts)
 
 

@@ -1,17 +1,100 @@
-"""Trains classifiers, and explains what they say of a folder's pictures."""
+"""Trains a classifier from a folder of images: `python -m training RECIPE --data FOLDER --out classifiers/NAME`.
+
+`python -m training explain NAME --data FOLDER` explains every picture of a folder.
+"""
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import torch
+from rich.console import Console
+
+from deploy import ROOT
+from deploy.offline import progress
 from training import explain
+from training.errors import Unusable
+from training.experiment import Experiment
+from training.features import Place
+from training.fit import OPTIMIZERS
+from training.gan import Drawing
+from training.networks import PRETRAINED
+from training.recipe import Recipe, read_recipe, recipe_names
+from training.run import run
+
+RUN = ROOT / "run"  # where what can be computed again is kept
+OVERRIDES = ("epochs", "batch", "learning_rate", "optimizer", "size")  # of a recipe, by the command line
 
 
-def main() -> int:
-    """Run the subcommand that the command line names."""
-    command = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    explain.add_parser(command.add_subparsers(required=True))
-    options = command.parse_args()
-    return int(options.run(options))
+def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    """Add a recipe's command; it is carried out by `train`."""
+    recipe, about = read_recipe(name)
+    summary = about.strip().splitlines()[0]
+    command = commands.add_parser(name, help=summary, description=about)
+    command.add_argument("--data", type=Path, required=True, help="one folder of images for each class, or train/, val/, test/")
+    command.add_argument("--out", type=Path, required=True, help="classifiers/NAME")
+    command.add_argument("--backbone", choices=recipe.allowed, default=recipe.backbones[0], help="default: %(default)s")
+    command.add_argument("--weights", default=PRETRAINED, help=f"{PRETRAINED}, random, or a state dict (default: %(default)s)")
+    command.add_argument("--epochs", type=_positive, default=recipe.epochs, help="at most (default: %(default)s)")
+    command.add_argument("--batch", type=_positive, default=recipe.batch, help="default: %(default)s")
+    command.add_argument("--learning-rate", type=float, default=recipe.learning_rate, help="default: %(default)s")
+    command.add_argument("--optimizer", choices=OPTIMIZERS, default=recipe.optimizer, help="default: %(default)s")
+    command.add_argument("--size", type=_positive, default=recipe.size, help="of the model's input (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of splits, weights and order (default: %(default)s)")
+    command.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that read images")
+    if recipe.draws:
+        command.add_argument(
+            "--draw", type=int, default=0, metavar="N", help="train again with a GAN's N images a class, and compare"
+        )
+        command.add_argument("--draw-steps", type=_positive, default=20_000, help="of each GAN (default: %(default)s)")
+    command.set_defaults(carry_out=train, recipe=recipe, name=name)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train by a recipe; the same command goes on where it was stopped."""
+    recipe: Recipe = replace(options.recipe, **{name: getattr(options, name) for name in OVERRIDES})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress() as shown:
+        place = Place(device, RUN / "features", options.workers, shown)
+        drawing = None
+        if recipe.draws and options.draw:
+            drawing = Drawing(options.draw, options.draw_steps, RUN / "drawn", device, progress=shown)
+        asked = (options.name, recipe, options.backbone, options.weights, options.data, options.out, options.seed)
+        metrics = run(Experiment(*asked, place, RUN / "training", drawing))
+    console = Console()
+    for path, why in metrics["skipped"].items():
+        console.print(f"left out: {path}: {why}", markup=False)
+    console.print(
+        f"test accuracy {metrics['test']['accuracy']:.3f}, {metrics['seconds']:.0f} s; {options.out}/report.html tells more; "
+        f"./archive.sh {options.out.name} archives it, make serve NAME={options.out.name} serves it",
+        markup=False,
+    )
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out the command."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="RECIPE | explain")
+    for name in recipe_names():
+        add_recipe(commands, name)
+    explain.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.carry_out(options))
+    except Unusable as reason:
+        print(f"training: {reason}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

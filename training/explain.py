@@ -196,7 +196,7 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=_count, default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
-    command.set_defaults(run=main)
+    command.set_defaults(carry_out=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,0 +1,177 @@
+"""Every recipe end to end on images with a known answer: trained, exported, loaded as a worker would, explained, served."""
+
+import json
+
+import httpx
+import pytest
+import torch
+import yaml
+from live import served
+from patches import COLOURS, patched, times_by_chance, write_folder
+from safetensors.torch import load_file
+
+import training  # noqa: F401
+from attribution.classifier import Classifier
+from attribution.engine import Engine
+from attribution.job import Job
+from attribution.methods import METHODS, Case
+from deploy.archive import build_archive, parser
+from serving.images import read_picture
+from serving.loading import build_network
+from serving.pictures import png
+from serving.settings import read_settings
+from training.__main__ import main
+from training.data import read_folder
+from training.evaluation import evaluate
+from training.recipe import read_recipe, recipe_names
+from training.report import explain
+
+TWO = ("blue", "red")
+# Recipe: classes, and options that make it small.
+SMALL = {
+    "vegetables": (tuple(COLOURS), ["--backbone", "cnn", "--epochs", "20", "--batch", "8", "--learning-rate", "1e-3"]),
+    "birds": (TWO, ["--epochs", "12", "--batch", "8"]),
+    "cifar100": (tuple(COLOURS), ["--backbone", "lite0", "--epochs", "4", "--batch", "8"]),
+    "leaves": (TWO, ["--backbone", "lite0"]),
+    "textile": (tuple(COLOURS), ["--epochs", "4", "--batch", "8"]),
+}
+
+# The plain gradient of a CNN from scratch is as strong in the noise that it has learnt to ignore.
+MAPS = {"vegetables": "biased_layer", "birds": "biased_layer"}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of two and of three classes."""
+    top = tmp_path_factory.mktemp("images")
+    return {colours: write_folder(top / str(len(colours)), colours) for colours in (TWO, tuple(COLOURS))}
+
+
+@pytest.fixture(scope="session")
+def trained(folders, tmp_path_factory):
+    """Train by a recipe, once; return the classifier's folder."""
+    top, kept = tmp_path_factory.mktemp("trained"), {}
+
+    def run(recipe):
+        if recipe not in kept:
+            colours, options = SMALL[recipe]
+            kept[recipe] = top / recipe
+            size = "96" if recipe != "vegetables" else "64"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("training.__main__.RUN", top / "run")
+                common = ["--data", folders[colours], "--out", kept[recipe], "--size", size, "--workers", 0]
+                assert main([recipe, *map(str, common), *options]) == 0
+        return kept[recipe]
+
+    return run
+
+
+def loaded(folder):
+    """Load a classifier's folder as its archive will be."""
+    settings = read_settings(yaml.safe_load((folder / "model-config.yaml").read_text()))
+    network = build_network(settings.classifier.architecture, folder, load_file(folder / "weights.safetensors"))
+    return Classifier(network, settings.preprocessing.normalization, settings.preprocessing.size), settings.preprocessing
+
+
+def test_every_recipe_is_tried():
+    assert set(SMALL) == set(recipe_names())
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_recipe_learns_what_tells_the_classes_apart_and_its_maps_show_it(trained, recipe):
+    folder = trained(recipe)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"] >= 0.85 and metrics["classes"] == sorted(SMALL[recipe][0])
+    classifier, preprocessing = loaded(folder)
+    engine, method = Engine(classifier, 16), METHODS[MAPS.get(recipe, "sensitivity")]()
+    for target, colour in enumerate(metrics["classes"]):
+        pictures = [patched(colour, 5000 + 10 * target + place) for place in range(3)]
+        inputs = [read_picture(png(image), preprocessing, 10**6).input for image, _ in pictures]
+        maps = explain(engine, [Job(method, Case(classifier, image, target)) for image in inputs])
+        times = [times_by_chance(values, corner) for values, (_, corner) in zip(maps, pictures, strict=True)]
+        assert sum(times) / 3 > 2, (colour, times)
+
+
+@pytest.mark.parametrize("recipe", ["vegetables", "leaves", "textile"])
+def test_the_exported_classifier_answers_what_the_trained_one_did(trained, folders, recipe):
+    """The test images' confusion and loss, measured anew through the server's own preprocessing and loading."""
+    folder = trained(recipe)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    classifier, preprocessing = loaded(folder)
+    samples = read_folder(folders[SMALL[recipe][0]], preprocessing, read_recipe(recipe)[0].ratio, 0).splits["test"]
+    inputs = [read_picture(sample.path.read_bytes(), preprocessing, 10**6).input for sample in samples]
+    scores = evaluate(Engine(classifier, 8).logits(inputs), torch.tensor([s.label for s in samples]), metrics["classes"])
+    assert scores.confusion == metrics["test"]["confusion"]
+    assert scores.loss == pytest.approx(metrics["test"]["loss"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_the_report_page_tells_what_was_measured(trained, recipe):
+    folder = trained(recipe)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert f"{100 * metrics['test']['accuracy']:.1f} %" in page
+    assert page.count("<polyline") == (2 if recipe == "leaves" else 4)
+    assert page.count("data:image/png;base64,") >= 4 and all(f"<td>{name}</td>" in page for name in metrics["classes"])
+    if recipe == "leaves":
+        assert len(metrics["roc"]["val"]["true_positives"]) > 1 and metrics["held_out_accuracy"] > 0.85
+
+
+def small_run(folder, out, *options):
+    arguments = ["--data", folder, "--out", out, "--size", 32, "--epochs", 2, "--workers", 0, *options]
+    assert main(["birds", *map(str, arguments)]) == 0
+    return json.loads((out / "metrics.json").read_text()), load_file(out / "weights.safetensors")
+
+
+@pytest.fixture
+def kept_here(tmp_path, monkeypatch):
+    """Keep features, states and drawn images in a folder of the test's own; return how to start afresh."""
+
+    def afresh(name):
+        monkeypatch.setattr("training.__main__.RUN", tmp_path / name)
+
+    return afresh
+
+
+def test_the_same_seed_trains_the_same_classifier(folders, tmp_path, kept_here):
+    results = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        kept_here(place)
+        results.append(small_run(folders[TWO], tmp_path / f"out-{place}", "--seed", seed))
+    (first, weights), (again, same), (_, other) = results
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert first["test"] == again["test"] and not torch.equal(weights["classifier.3.weight"], other["classifier.3.weight"])
+
+
+def test_the_same_command_goes_on_and_a_longer_one_starts_anew(folders, tmp_path, kept_here):
+    kept_here("states")
+    first, weights = small_run(folders[TWO], tmp_path / "out")
+    again, same = small_run(folders[TWO], tmp_path / "out")
+    assert again["epochs"] == first["epochs"]  # their seconds too: none was trained again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert len(small_run(folders[TWO], tmp_path / "out", "--epochs", 3)[0]["epochs"]) == 3
+
+
+def test_drawn_images_are_trained_on_and_compared(folders, tmp_path, kept_here):
+    kept_here("states")
+    metrics, _ = small_run(folders[TWO], tmp_path / "out", "--draw", 2, "--draw-steps", 1)
+    assert metrics["drawn"] == {"images": 2, "steps": 1} and metrics["images"]["train"] == [12, 12]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Without the 2 images" in page and f"{100 * metrics['without_drawn']['accuracy']:.1f} %" in page
+
+
+def test_a_trained_classifier_is_served(trained, tmp_path):
+    folder = trained("textile")
+    files = {"model": "model.py", "weights": "weights.safetensors", "labels": "labels.json", "config": "model-config.yaml"}
+    options = [part for option, name in files.items() for part in (f"--{option}", str(folder / name))]
+    build_archive("patches", parser().parse_args(["patches", *options, "--store", str(tmp_path / "store")]))
+    classifier, preprocessing = loaded(folder)
+    with served(["patches"], tmp_path / "store", tmp_path / "run") as server:
+        for number, colour in enumerate(sorted(COLOURS)):
+            data = png(patched(colour, 7000 + number)[0])
+            answer = httpx.post(f"{server.inference}/predictions/patches", content=data, timeout=60).json()
+            logits = classifier.logits(read_picture(data, preprocessing, 10**6).input[None])[0]
+            expected = dict(zip(sorted(COLOURS), logits.softmax(0).tolist(), strict=True))
+            assert answer == pytest.approx(expected, abs=1e-4) and max(answer, key=answer.get) == colour
+            why = httpx.post(f"{server.inference}/explanations/patches", content=data, timeout=60).json()
+            assert why["explanations"][0]["method"] == read_recipe("textile")[0].method and why["predicted"]["label"] == colour

@@ -1,0 +1,1 @@
+"""Networks that neither torchvision nor timm has; a file of them travels with the classifier as its model.py."""

@@ -1,0 +1,80 @@
+"""A trained model becomes classifiers/NAME: all that archive.sh needs, and nothing that needs training/ when it is served."""
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from serving.loading import MODEL, WEIGHTS
+from serving.settings import Preprocessing
+from training.architectures import direction
+from training.errors import Unusable
+from training.networks import BACKBONES
+
+METRICS, LABELS, CONFIG = "metrics.json", "labels.json", "model-config.yaml"
+HEAD = "# TorchServe's keys that are left out here, and what they mean: deploy/model-config.yaml.\n"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The network as model-config.yaml names it, and the text of its model.py where it has one."""
+
+    name: str
+    source: str | None = None
+
+
+def architecture_of(backbone: str) -> Architecture:
+    """Return the architecture of a backbone with a head of its own."""
+    path = BACKBONES[backbone].source
+    return Architecture(backbone) if path is None else Architecture(MODEL, path.read_text(encoding="utf-8"))
+
+
+def direction_architecture(backbone: str, length: int) -> Architecture:
+    """Return the architecture of a direction among `length` features of a backbone: its own file, the class, the two joined."""
+    path = BACKBONES[backbone].source
+    if path is None:
+        start, network = "from torchvision.models import get_model", f"get_model({backbone!r}, weights=None)"
+    else:
+        start, network = path.read_text(encoding="utf-8").rstrip(), "EfficientNetLite0()"
+    joined = f"""class Model(Direction):
+    def __init__(self) -> None:
+        super().__init__({network}.features, {length})
+"""
+    return Architecture(MODEL, "\n\n\n".join([start, inspect.getsource(direction).rstrip(), joined]))
+
+
+def check_out(out: Path) -> None:
+    """Raise Unusable where the folder holds what training has not made."""
+    if out.exists() and not out.is_dir():
+        raise Unusable(f"--out: {out} is a file; allowed: a folder, such as classifiers/NAME")
+    if out.exists() and any(out.iterdir()) and not (out / METRICS).exists():
+        raise Unusable(f"--out: {out} holds another classifier; allowed: a new folder, or one that training has written")
+
+
+def export(
+    out: Path, model: nn.Module, architecture: Architecture, labels: list[str], preprocessing: Preprocessing, method: str
+) -> None:
+    """Write weights, labels, configuration and the network's file."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().clone().contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS)
+    (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False, indent=1), encoding="utf-8")
+    config = {
+        "classifier": {"architecture": architecture.name},
+        "preprocessing": preprocessing.model_dump(mode="json"),
+        "explanations": {"defaults": {"method": method}},
+    }
+    (out / CONFIG).write_text(HEAD + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if architecture.source is not None:
+        (out / MODEL).write_text(architecture.source, encoding="utf-8")
+    else:
+        (out / MODEL).unlink(missing_ok=True)  # of an earlier training with another backbone
+
+
+def write_metrics(out: Path, metrics: dict[str, Any]) -> None:
+    """Write what was measured; a folder that holds it was made by training."""
+    (out / METRICS).write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,0 +1,120 @@
+"""The report page of a training: curves, confusion, classes, and what was told wrongly, with its explanation."""
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment
+from PIL import Image
+from torch import Tensor, nn
+
+from attribution.classifier import Classifier
+from attribution.engine import Engine
+from attribution.job import Job
+from attribution.methods import METHODS, Case
+from serving.images import Picture, read_picture
+from serving.pictures import Map, Scale, draw_overlay, png
+from serving.settings import Limits, Preprocessing
+from training.data import PIXELS, Data
+
+REPORT = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html")
+EXAMPLES = 8
+LARGEST_TABLE = 20  # classes; of more, only what is confused is told
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, what it was taken for and what it is, and the maps of both, as PNG in base64."""
+
+    name: str
+    truth: str
+    predicted: str
+    probability: float
+    seen: str
+    maps: list[tuple[str, str]]
+
+
+def write_report(
+    out: Path,
+    metrics: dict[str, Any],
+    data: Data,
+    model: nn.Module,
+    logits: Tensor,
+    preprocessing: Preprocessing,
+    device: torch.device,
+) -> None:
+    """Write report.html; `logits` [n, classes] are those of the test images."""
+    engine = Engine(Classifier(model, preprocessing.normalization, preprocessing.size, device), Limits().pack)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"points": points, "percent": lambda share: f"{100 * share:.1f} %"}
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=out.name,
+        metrics=metrics,
+        curves=curves(metrics["epochs"]),
+        confused=confused(metrics),
+        small=len(data.classes) <= LARGEST_TABLE,
+        examples=list(examples(engine, data, logits, preprocessing, metrics["method"])),
+    )
+    (out / REPORT).write_text(text, encoding="utf-8")
+
+
+def curves(epochs: Sequence[dict[str, float]]) -> dict[str, list[tuple[str, list[float]]]]:
+    """Return the lines of each diagram over the epochs: its name, and what they are of."""
+    keys = {"loss": ("loss", "val_loss"), "accuracy": ("accuracy", "val_accuracy")}
+    names = ("training images", "validation images")
+    return {
+        title: [(name, [epoch[key] for epoch in epochs]) for name, key in zip(names, pair, strict=True)]
+        for title, pair in keys.items()
+        if epochs
+    }
+
+
+def points(xs: Sequence[float], ys: Sequence[float], right: float, top: float) -> str:
+    """Return the points of a polyline in a square of 100, the origin at its lower left."""
+    return " ".join(f"{100 * x / (right or 1):.2f},{100 - 100 * y / (top or 1):.2f}" for x, y in zip(xs, ys, strict=True))
+
+
+def confused(metrics: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Return the pairs of a true and a predicted class that are confused most, and how often."""
+    counts, names = np.array(metrics["test"]["confusion"]), metrics["classes"]
+    np.fill_diagonal(counts, 0)
+    order = counts.ravel().argsort(kind="stable")[::-1][:LARGEST_TABLE]
+    pairs = ((int(place) // len(names), int(place) % len(names)) for place in order)
+    return [(names[row], names[column], int(counts[row, column])) for row, column in pairs if counts[row, column]]
+
+
+def examples(engine: Engine, data: Data, logits: Tensor, preprocessing: Preprocessing, method: str) -> Iterator[Example]:
+    """Yield the test images that were told wrongly, the surest first; where there are none, the least sure ones."""
+    probability, predicted = logits.softmax(1).max(1)
+    truth = torch.tensor([sample.label for sample in data.splits["test"]])
+    wrong = (predicted != truth).nonzero()[:, 0]
+    order = wrong[probability[wrong].argsort(descending=True)] if len(wrong) else probability.argsort()
+    for place in order[:EXAMPLES].tolist():
+        sample = data.splits["test"][place]
+        picture = read_picture(sample.path.read_bytes(), preprocessing, PIXELS)
+        targets = dict.fromkeys((int(predicted[place]), sample.label))
+        maps = [(data.classes[target], overlay(engine, picture, target, method)) for target in targets]
+        names = data.classes[sample.label], data.classes[int(predicted[place])]
+        yield Example(sample.path.name, *names, float(probability[place]), encoded(picture.seen), maps)
+
+
+def overlay(engine: Engine, picture: Picture, target: int, method: str) -> str:
+    """Explain a picture's target and lay the map over it."""
+    job = Job(METHODS[method](), Case(engine.classifier, picture.input, target))
+    values = explain(engine, [job])[0]
+    return encoded(draw_overlay(values, Scale.of(values, job.signed, None, 99), picture.seen, 0.5))
+
+
+def explain(engine: Engine, jobs: Sequence[Job]) -> list[Map]:
+    """Return the maps [H, W] of jobs; raises what the engine cannot explain."""
+    return [finished.result.map.sum(0).float().cpu().numpy() for finished in engine.results(jobs)]
+
+
+def encoded(image: Image.Image) -> str:
+    """Return a picture as base64 of its PNG."""
+    return base64.b64encode(png(image.convert("RGB").quantize(256))).decode()
