@@ -4,7 +4,7 @@ NAME ?= imagenet
 RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
-.PHONY: serve test demo study bench bench-serve support lint setup clean
+.PHONY: serve test demo study bench bench-growth bench-serve support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m deploy.serve $(NAME)
@@ -23,6 +23,9 @@ study: setup  ## compare the techniques on PHOTOS (a folder; default: what sciki
 
 bench: setup  ## the engine beside Captum, pytorch-grad-cam and zennit, on one core; writes run/bench/
 	@taskset -c 0 $(RUN) -m bench $(if $(QUICK),--quick)
+
+bench-growth: setup  ## how time and memory grow with images, pixels, classes and steps
+	@taskset -c 0 $(RUN) -m bench.growth
 
 bench-serve: setup  ## the handler beside TorchServe's own, over HTTP; writes run/bench/
 	@$(RUN) -m bench.server

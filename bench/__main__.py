@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,22 @@ from rich.console import Console
 
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
-from bench.ours import SENSITIVITIES, WITHIN, WORKS
-from bench.subjects import LITE0, NETWORKS
+from bench.ours import PATH, PATHS, SENSITIVITIES, WITHIN, WORKS
+from bench.subjects import LITE0, NETWORKS, subject
 from deploy import ROOT
 from deploy.offline import progress
 
 SMOOTHED = "integrated_gradients, 20 steps x 10 noisy copies"
 ON_ONE = {"occlusion", "lime", "kernel_shap", "five methods", SMOOTHED}  # on the smallest network alone
-BY_ONE = {"integrated_gradients, 50 steps", WITHIN, "gradient_shap", SMOOTHED}  # a batch of them takes minutes a round
+BY_ONE = {PATH, WITHIN, "gradient_shap", SMOOTHED}  # a batch of them takes minutes a round
 
 
 def plan(quick: bool) -> list[tuple[str, int, str]]:
     """Return the network, batch and work of every contest that ends within minutes."""
     if quick:
-        return [(LITE0, 1, work) for work in ("integrated_gradients, 50 steps", "grad_cam", "saliency")]
-    every = product(NETWORKS, (1, 8), (*WORKS, *SENSITIVITIES))
+        return [(LITE0, 1, work) for work in (PATH, "grad_cam", "saliency")]
+    works = [work for work in (*WORKS, *SENSITIVITIES) if work == PATH or work not in PATHS]
+    every = product(NETWORKS, (1, 8), works)
     return [contest for contest in every if _ends(*contest)]
 
 
@@ -92,9 +94,9 @@ def main() -> int:
         bar = shown.add_task("", total=len(contests))
         for network, batch, work in contests:
             shown.update(bar, description=title(network, batch, work))
-            lines += record(
-                network, batch, work, compete(network, batch, work, options.threads, options.repeats, options.budget)
-            )
+            given = partial(subject, network, batch)
+            results = compete(given, work, options.threads, options.repeats, options.budget)
+            lines += record(network, batch, work, results)
             kept.write_text(json.dumps({"machine": told, "results": lines}, indent=1))
             shown.advance(bar)
     lines.sort(key=lambda line: plan(False).index(tables.contest_of(line)))

@@ -19,11 +19,12 @@ from bench import ours
 from bench.floor import FORWARD_ROWS, GRADIENT_ROWS, PACKS, floor_run
 from bench.ours import Outcome, Run
 from bench.peers import CAMS, CAPTUM, CHUNKED, CHUNKS, captum_run, grad_cam_run, zennit_run
-from bench.subjects import Subject, subject
+from bench.subjects import Subject
 
 MEGABYTE = 2**20
 PATIENCE = 1800  # seconds that a contestant may take to get ready
 
+Given = Callable[[], Subject]  # what a process can be sent
 Prepare = Callable[[str, Subject, int | None], Run]
 
 
@@ -78,7 +79,7 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def compete(network: str, batch: int, work: str, threads: int, repeats: int, budget: float) -> list[Result]:
+def compete(given: Given, work: str, threads: int, repeats: int, budget: float) -> list[Result]:
     """Run a work's contestants in turns, `repeats` rounds or as many as `budget` seconds allow (two at least)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -86,7 +87,7 @@ def compete(network: str, batch: int, work: str, threads: int, repeats: int, bud
     pipes: list[tuple[Result, Any]] = []
     for place, result in enumerate(results):
         mine, theirs = context.Pipe()
-        context.Process(target=_contestant, args=(theirs, network, batch, work, place, threads), daemon=True).start()
+        context.Process(target=_contestant, args=(theirs, given, work, place, threads), daemon=True).start()
         theirs.close()
         answer = _received(mine, PATIENCE)
         if isinstance(answer, Ready):
@@ -114,7 +115,7 @@ def _received(pipe: Any, patience: float) -> Any:
         return "killed: out of memory"
 
 
-def _contestant(pipe: Connection, network: str, batch: int, work: str, place: int, threads: int) -> None:
+def _contestant(pipe: Connection, given: Given, work: str, place: int, threads: int) -> None:
     """Get ready, tell so, and run as often as asked."""
     contestant = contestants(work)[place]
     torch.set_num_threads(threads)
@@ -122,7 +123,7 @@ def _contestant(pipe: Connection, network: str, batch: int, work: str, place: in
     if contestant.tuned:
         keep_freed_memory()
     try:
-        ready, run = _readied(contestant, work, subject(network, batch))
+        ready, run = _readied(contestant, work, given())
     except Exception as error:  # a peer may raise anything at a network that it cannot take
         text = " ".join(str(error).split())
         short = "out of memory" if "allocate memory" in text or isinstance(error, MemoryError) else text[:160]

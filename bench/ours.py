@@ -34,9 +34,11 @@ FIVE: tuple[Method, ...] = (
     *(METHODS[name]() for name in ("saliency", "grad_cam", "guided_backprop")),
 )
 SMOOTHED = (IntegratedGradients(steps=20), Smoothing(Kind.SMOOTHGRAD, 10, 0.15))
+PATHS = {f"integrated_gradients, {steps} steps": steps for steps in (25, 50, 100, 200)}
+PATH = "integrated_gradients, 50 steps"
 WITHIN = "integrated_gradients, error at most 5 %"
 WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
-    "integrated_gradients, 50 steps": ((IntegratedGradients(steps=50), None),),
+    **{work: ((IntegratedGradients(steps=steps), None),) for work, steps in PATHS.items()},
     "integrated_gradients, 20 steps x 10 noisy copies": (SMOOTHED,),
     WITHIN: ((IntegratedGradients(max_error=0.05), None),),
     "five methods": tuple((method, None) for method in FIVE),

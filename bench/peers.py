@@ -16,7 +16,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from bench.ours import SENSITIVITIES, WITHIN, Outcome, Run
+from bench.ours import PATH, PATHS, SENSITIVITIES, WITHIN, Outcome, Run
 from bench.subjects import Subject
 
 # Captum's attributions [n, channels, H, W] of a subject, `chunk` rows a pass (None: its default).
@@ -107,7 +107,7 @@ def _surrogate(method: type, subject: Subject, chunk: int | None) -> Tensor:
 
 
 CAPTUM: dict[str, Attribute] = {
-    "integrated_gradients, 50 steps": _path,
+    **{work: partial(_path, steps=steps) for work, steps in PATHS.items()},
     "integrated_gradients, 20 steps x 10 noisy copies": _tunnel,
     "gradient_shap": _shap,
     "saliency": partial(_simple, captum.Saliency),
@@ -121,9 +121,9 @@ CAPTUM: dict[str, Attribute] = {
     "lime": partial(_surrogate, captum.Lime),
     "kernel_shap": partial(_surrogate, captum.KernelShap),
 }
-FIVE = ("integrated_gradients, 50 steps", "gradient_shap", "saliency", "grad_cam", "guided_backprop")
+FIVE = (PATH, "gradient_shap", "saliency", "grad_cam", "guided_backprop")
 CHUNKS = (5, 10, 25)  # rows a pass that are tried where there is a setting for them
-CHUNKED = {"integrated_gradients, 50 steps", "integrated_gradients, 20 steps x 10 noisy copies", "five methods"}
+CHUNKED = {*PATHS, "integrated_gradients, 20 steps x 10 noisy copies", "five methods"}
 CHUNKED |= {"occlusion", "lime", "kernel_shap", WITHIN}
 CAMS = {"grad_cam": GradCAM, "grad_cam_plus_plus": GradCAMPlusPlus, "layer_cam": LayerCAM}
 
@@ -143,7 +143,7 @@ def captum_run(work: str, subject: Subject, chunk: int | None) -> Run:
 def _attributed(found: list[Tensor], subject: Subject, work: str) -> Outcome:
     maps = torch.stack([one.sum(1) for one in found], 1)  # [n, methods, H, W], as the engine's jobs are ordered
     error = None
-    if work in ("integrated_gradients, 50 steps", WITHIN, "gradient_shap", "deep_lift"):
+    if work in (*PATHS, WITHIN, "gradient_shap", "deep_lift"):
         with torch.no_grad():
             ends = [subject.network(x)[range(len(x)), subject.targets] for x in (subject.images, subject.baselines)]
         risen = ends[0] - ends[1]

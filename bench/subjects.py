@@ -40,11 +40,11 @@ class Subject:
         return self.network.get_submodule(self.classifier.last_layer or "")
 
 
-def network(name: str) -> tuple[nn.Module, Preprocessing]:
-    """Build a network by name, and how its images are prepared."""
+def network(name: str, size: int = 224, classes: int = 1000) -> tuple[nn.Module, Preprocessing]:
+    """Build a network by name, and how its images are prepared; the size and classes of Lite0 are its own."""
     if name != LITE0:
         torch.manual_seed(0)
-        return get_model(name, weights=None).eval(), Preprocessing()
+        return get_model(name, weights=None, num_classes=classes).eval(), Preprocessing(resize=size * 8 // 7, crop=size)
     ensure_archive("imagenet", ROOT / "model_store")
     folder = ROOT / "run" / "bench" / name
     with zipfile.ZipFile(ROOT / "model_store" / "imagenet.mar") as archive:
@@ -53,9 +53,9 @@ def network(name: str) -> tuple[nn.Module, Preprocessing]:
     return build_network(MODEL, folder, load_file(folder / WEIGHTS)).eval(), grey
 
 
-def subject(name: str, batch: int) -> Subject:
+def subject(name: str, batch: int, size: int = 224, classes: int = 1000) -> Subject:
     """Make a batch of the packaged photos ready; beyond their number they come again."""
-    built, preprocessing = network(name)
+    built, preprocessing = network(name, size, classes)
     classifier = Classifier(built, preprocessing.normalization, preprocessing.size)
     photos = [picture.input for _, picture in pictures(None, preprocessing)]
     images = torch.stack(list(islice(cycle(photos), batch)))

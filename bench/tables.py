@@ -94,3 +94,18 @@ def server(results: Mapping[str, Any]) -> str:
         spread = [f"{pair[0]:.0f} / {pair[1]:.0f}" for pair in (alone, beside)]
         text.append(f"| {layout} | {spread[0]} | {spread[1]} | **{beside[1] / alone[1]:.2f}** |")
     return "\n".join(text) + "\n"
+
+
+def growth(machine: Mapping[str, str], network: str, lines: Sequence[Line]) -> str:
+    """Return seconds and megabytes of each contestant, a line for each value of what grows."""
+    names = list(dict.fromkeys(line["contestant"] for line in lines))
+    text = [", ".join(f"{key} {value}" for key, value in ({"network": network} | dict(machine)).items()), ""]
+    text += [f"| | {' | '.join(f'{name}, s / MB' for name in names)} |", f"|---|{'---|' * len(names)}"]
+    for (growing, value), contest in groupby(lines, key=lambda line: (line["growing"], line["value"])):
+        found = {line["contestant"]: line for line in contest}
+        text.append(f"| {value} {growing} | {' | '.join(_spent(found[name]) for name in names)} |")
+    return "\n".join(text) + "\n"
+
+
+def _spent(line: Line) -> str:
+    return f"{line['seconds']:.3g} / {line['memory_mb']:.0f}" if "seconds" in line else line["refusal"].replace("|", "/")

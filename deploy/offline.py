@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attribution.classifier import Classifier
+from attribution.memory import keep_freed_memory
 from deploy import ROOT
 from deploy.archive import CONFIG
 from deploy.serve import ensure_archive
@@ -44,11 +45,12 @@ class Archive:
 
 
 def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
-    """Load an archive, built if missing or stale, for inputs `scale` times as high and wide as it is served with.
+    """Load an archive as a worker does, built if missing or stale, for inputs `scale` times as high and wide as served.
 
     Raises Refused where there is none, ValueError where the model cannot take such inputs.
     """
     ensure_archive(name, store)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(store / f"{name}.mar") as archive:
         archive.extractall(folder)
         members = sorted((member.filename, member.CRC) for member in archive.infolist() if member.filename != MANIFEST)

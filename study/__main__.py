@@ -12,7 +12,6 @@ from rich.console import Console
 
 from attribution.engine import Engine
 from attribution.job import Job
-from attribution.memory import keep_freed_memory
 from attribution.methods import Case
 from deploy import ROOT
 from deploy.archive import Refused
@@ -111,7 +110,6 @@ def main() -> int:
     except Refused as reason:
         print(f"study: {reason}", file=sys.stderr)
         return 1
-    keep_freed_memory()
     console = Console()
     engine, preprocessing = Engine(archive.classifier, PACK), archive.settings.preprocessing
     try:

@@ -43,7 +43,7 @@ UNKNOWNS = len(NEIGHBOURS) + 1
 MARGIN = 6  # pixels of the images' frames, which are no weave
 RADIUS = 16  # pixels around the centre of a defect that count as pointing at it
 NOMINAL = 60  # images that the predictor is fitted on
-SHOWN = 3
+SHOWN = 4
 NATIVE = 250  # pixels of an image's side
 
 
@@ -185,7 +185,7 @@ def main() -> int:
     shown = pictures("test", local, preprocessing)[: options.images]
     measured = measure(engine, shown, defects, local, options.way)
     options.out.mkdir(parents=True, exist_ok=True)
-    contact_sheet(measured.cells).quantize(64).save(options.out / "textile.png")
+    contact_sheet(measured.cells).convert("RGB").save(options.out / "textile.jpg", quality=85)
     (options.out / "table.md").write_text(table(measured.found))
     console = Console()
     console.print(table(measured.found), markup=False)

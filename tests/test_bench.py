@@ -1,12 +1,15 @@
 """The bench: contests that end, ratios that are told, and the gate that compares them."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from bench import gate, tables
-from bench.contest import agreement, by_name, compete, contestants
-from bench.ours import SENSITIVITIES, WORKS
+from bench import gate, growth, tables
+from bench.contest import Ready, Result, agreement, by_name, compete, contestants
+from bench.ours import PATH, PATHS, SENSITIVITIES, WORKS, Outcome
 from bench.server import quantile
+from bench.subjects import subject
 from deploy.serve import registered
 
 
@@ -40,13 +43,13 @@ def test_a_contest_has_the_engine_first_and_a_floor_where_there_is_one():
 
 
 def test_contestants_run_in_turns_agree_and_say_why_they_cannot():
-    found = by_name(compete("resnet18", 1, "grad_cam", threads=1, repeats=2, budget=60))
+    found = by_name(compete(partial(subject, "resnet18", 1), "grad_cam", threads=1, repeats=2, budget=60))
     ours = found["ours"]
     assert ours.ready.outcome.rows == 1
     for result in found.values():
         assert len(result.seconds) == 2 and result.median > 0
         assert agreement(ours.ready.outcome.maps, result.ready.outcome.maps) > 0.98
-    refused = by_name(compete("resnet18", 1, "deep_lift", threads=1, repeats=1, budget=60))
+    refused = by_name(compete(partial(subject, "resnet18", 1), "deep_lift", threads=1, repeats=1, budget=60))
     assert "ReLU" in refused["captum"].refusal
     assert refused["ours"].ready.outcome.error < 1e-3
 
@@ -66,3 +69,19 @@ def test_quantiles_and_names():
     assert quantile([3.0], 0.5) == 3.0
     assert registered("why=imagenet") == ("why", "imagenet")
     assert registered("imagenet") == ("imagenet", "imagenet")
+
+
+def test_growth_changes_one_thing_at_a_time_and_its_table_has_a_line_for_each_value():
+    given, work = growth.contest("pixels a side", 160)
+    small = given()
+    assert small.images.shape == (1, 3, 160, 160) and work == PATH
+    given, _ = growth.contest("classes", 10)
+    assert given().classifier.classes == 10
+    given, work = growth.contest("steps", 200)
+    assert PATHS[work] == 200
+    given, _ = growth.contest("images", 4)
+    assert len(given().images) == len(given().targets) == 4
+    ready = Ready(memory=3.0, chunk=None, outcome=Outcome(None))
+    results = [Result("ours", ready, seconds=[2.0]), Result("captum", refusal="out of memory")]
+    text = tables.growth({"threads": "1"}, "resnet18", list(growth.lines("images", 4, results)))
+    assert text.splitlines()[-1] == "| 4 images | 2 / 3 | out of memory |"

@@ -6,6 +6,7 @@ import html
 import json
 import re
 
+import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
 
 from attribution.classifier import Classifier
@@ -24,6 +25,12 @@ def report(defaults=None, classifier=None):
 
 
 # The report
+
+
+def test_the_report_tells_the_arithmetic():
+    assert report()["arithmetic"] == "float32"
+    narrow = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
+    assert report(classifier=narrow)["arithmetic"] == "bfloat16"
 
 
 def test_the_report_tells_every_method_with_what_it_takes():

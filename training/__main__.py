@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from attribution.memory import keep_freed_memory
 from deploy import ROOT
 from deploy.offline import progress
 from training import explain
@@ -55,6 +56,7 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
 
 def train(options: argparse.Namespace) -> int:
     """Train by a recipe; the same command goes on where it was stopped."""
+    keep_freed_memory()
     recipe: Recipe = replace(options.recipe, **{name: getattr(options, name) for name in OVERRIDES})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress() as shown:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
@@ -174,8 +173,3 @@ def _timm() -> Any:
     except ImportError:
         raise Unusable(f"backbones of {TIMM} need the package timm: pip install timm") from None
     return timm
-
-
-def seeded(seed: int) -> None:
-    """Draw all that is random from here on from a seed."""
-    torch.manual_seed(seed)

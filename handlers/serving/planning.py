@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
@@ -66,9 +67,11 @@ class Planner:
         labels.targets(parameters.target if parameters.target is not None else 0)
 
     def report(self, model: Mapping[str, str]) -> dict[str, Any]:
-        """Return what clients may ask for, ready for JSON."""
+        """Return what clients may ask for, ready for JSON, and the arithmetic of rows without a gradient."""
         defaults, layers = read_parameters(self._defaults), list(self._classifier.spatial_layers)
-        return capability_report(model, self.capabilities, defaults, self._labels, layers)
+        report = capability_report(model, self.capabilities, defaults, self._labels, layers)
+        narrow = self._classifier.narrow or torch.float32
+        return report | {"arithmetic": str(narrow).removeprefix("torch.")}
 
     def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
         """Return a plan for each image; raises ClientError where a request asks for what is not there or not allowed."""

@@ -1,0 +1,63 @@
+"""How Integrated Gradients' time and memory grow with images, pixels, classes and steps: the engine beside Captum."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench import machine, tables
+from bench.contest import Result, compete
+from bench.ours import PATH, PATHS
+from bench.subjects import subject
+from deploy import ROOT
+from deploy.offline import progress
+
+NETWORK, ROUNDS, SECONDS = "resnet18", 3, 30
+GROWTHS: dict[str, tuple[int, ...]] = {
+    "images": (1, 2, 4, 8),
+    "pixels a side": (160, 224, 320, 448),
+    "classes": (10, 1000, 20000),
+    "steps": tuple(PATHS.values()),
+}
+
+
+def contest(growing: str, value: int) -> tuple[partial[Any], str]:
+    """Return what is explained and by which work where one thing has a value and the others are as usual."""
+    if growing == "steps":
+        return partial(subject, NETWORK, 1), next(work for work, steps in PATHS.items() if steps == value)
+    batch = value if growing == "images" else 1
+    other = {"pixels a side": {"size": value}, "classes": {"classes": value}}.get(growing, {})
+    return partial(subject, NETWORK, batch, **other), PATH
+
+
+def lines(growing: str, value: int, results: list[Result]) -> Iterator[dict[str, Any]]:
+    """Yield what each contestant took, or that it could not."""
+    for result in results:
+        told = {"seconds": result.median, "memory_mb": result.ready.memory} if result.ready else {"refusal": result.refusal}
+        yield {"growing": growing, "value": value, "contestant": result.contestant} | told
+
+
+def main() -> None:
+    """Measure, print, and write growth.json and growth.md."""
+    torch.set_num_threads(1)
+    found: list[dict[str, Any]] = []
+    with progress() as shown:
+        bar = shown.add_task("", total=sum(map(len, GROWTHS.values())))
+        for growing, values in GROWTHS.items():
+            for value in values:
+                shown.update(bar, description=f"{value} {growing}")
+                found += lines(growing, value, compete(*contest(growing, value), 1, ROUNDS, SECONDS))
+                shown.advance(bar)
+    out = ROOT / "run" / "bench"
+    out.mkdir(parents=True, exist_ok=True)
+    told = machine.describe(1)
+    (out / "growth.json").write_text(json.dumps({"machine": told, "network": NETWORK, "results": found}, indent=1))
+    table = tables.growth(told, NETWORK, found)
+    (out / "growth.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
