@@ -138,18 +138,19 @@ class _Layers:
         self._first = self._first and call.name == "linear"
         output = call.value()
 
-        def run(term: _Term, at: Tensor) -> Tensor:
+        def run(term: _Term) -> Tensor | None:
+            at = term.input(x.detach())
+            if not term.bias and not at.any():
+                return None
             own_bias = term.parameter(bias) if bias is not None and term.bias else None
-            answer: Tensor = call.function(at, term.parameter(weight), own_bias, **options)
+            # The value is the changed input's, and so is the gradient at x.
+            answer: Tensor = call.function(at + at * (x - x.detach()), term.parameter(weight), own_bias, **options)
             return term.sign * answer
 
         linear = torch.zeros_like(output)
         for part in parts:
-            with torch.no_grad():
-                total = torch.stack([run(term, term.input(x)) for term in part.terms]).sum(0)
-                share = part.weight * part.where(output) / _stable(total)
-            for term in part.terms:  # x * stop(changed x) has the changed x as its gradient
-                linear = linear + share * run(term, x * term.input(x.detach()))
+            total = sum((found for term in part.terms if (found := run(term)) is not None), torch.zeros_like(output))
+            linear = linear + part.weight * part.where(output) / _stable(total.detach()) * total
         return surrogate(output, linear)
 
 
