@@ -12,14 +12,14 @@ from rich.console import Console
 
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
-from bench.ours import PATH, PATHS, SENSITIVITIES, WITHIN, WORKS
-from bench.subjects import LITE0, NETWORKS, subject
+from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, WITHIN, WORKS
+from bench.subjects import DEEP, LITE0, NETWORKS, subject
 from deploy import ROOT
 from deploy.offline import progress
 
 SMOOTHED = "integrated_gradients, 20 steps x 10 noisy copies"
 ON_ONE = {"occlusion", "lime", "kernel_shap", "five methods", SMOOTHED}  # on the smallest network alone
-BY_ONE = {PATH, WITHIN, "gradient_shap", SMOOTHED}  # a batch of them takes minutes a round
+BY_ONE = {PATH, WITHIN, "gradient_shap", SMOOTHED, REPEATED}  # a batch of them takes minutes a round
 
 
 def plan(quick: bool) -> list[tuple[str, int, str]]:
@@ -33,7 +33,9 @@ def plan(quick: bool) -> list[tuple[str, int, str]]:
 
 def _ends(network: str, batch: int, work: str) -> bool:
     if network == LITE0:
-        return batch == 1 or work not in (SMOOTHED, WITHIN)
+        return batch == 1 or work not in (SMOOTHED, WITHIN, REPEATED)
+    if network == DEEP and work == REPEATED:
+        return False
     return work not in ON_ONE and (batch == 1 or work not in BY_ONE)
 
 

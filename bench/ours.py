@@ -50,7 +50,8 @@ WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
         )
     },
 }
-SENSITIVITIES = {"max sensitivity of saliency": "saliency", "max sensitivity of grad_cam": "grad_cam"}
+SENSITIVITIES = {f"max sensitivity of {work}": work for work in ("saliency", "grad_cam", "integrated_gradients, 25 steps")}
+REPEATED = "max sensitivity of integrated_gradients, 25 steps"
 
 
 def prepare(work: str, subject: Subject, _chunk: int | None) -> Run:
@@ -62,10 +63,14 @@ def prepare(work: str, subject: Subject, _chunk: int | None) -> Run:
         for image, target, row in zip(subject.images, subject.targets, logits, strict=True)
     ]
     if work in SENSITIVITIES:
-        repeated = [Job(METHODS[SENSITIVITIES[work]](), case) for case in cases]
+        repeated = _jobs(SENSITIVITIES[work], cases)
         return lambda: _sensitivity(engine, repeated)
-    jobs = [Job(method, case, smoothing) for case in cases for method, smoothing in WORKS[work]]
+    jobs = _jobs(work, cases)
     return lambda: _explain(engine, jobs)
+
+
+def _jobs(work: str, cases: list[Case]) -> list[Job]:
+    return [Job(method, case, smoothing) for case in cases for method, smoothing in WORKS[work]]
 
 
 def prepare_narrow(work: str, subject: Subject, chunk: int | None) -> Run:

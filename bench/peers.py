@@ -16,7 +16,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from bench.ours import PATH, PATHS, SENSITIVITIES, WITHIN, Outcome, Run
+from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, WITHIN, Outcome, Run
 from bench.subjects import Subject
 
 # Captum's attributions [n, channels, H, W] of a subject, `chunk` rows a pass (None: its default).
@@ -124,7 +124,7 @@ CAPTUM: dict[str, Attribute] = {
 FIVE = (PATH, "gradient_shap", "saliency", "grad_cam", "guided_backprop")
 CHUNKS = (5, 10, 25)  # rows a pass that are tried where there is a setting for them
 CHUNKED = {*PATHS, "integrated_gradients, 20 steps x 10 noisy copies", "five methods"}
-CHUNKED |= {"occlusion", "lime", "kernel_shap", WITHIN}
+CHUNKED |= {"occlusion", "lime", "kernel_shap", WITHIN, REPEATED}
 CAMS = {"grad_cam": GradCAM, "grad_cam_plus_plus": GradCAMPlusPlus, "layer_cam": LayerCAM}
 
 
@@ -132,7 +132,7 @@ def captum_run(work: str, subject: Subject, chunk: int | None) -> Run:
     """Return a run by Captum, with its default arguments or `chunk` rows a pass."""
     if work in SENSITIVITIES:
         attribute = CAPTUM[SENSITIVITIES[work]]
-        return lambda: _sensitivity(attribute, subject)
+        return lambda: _sensitivity(attribute, subject, chunk)
     if work == WITHIN:
         steps = _steps_within(subject, 0.05)
         return lambda: _attributed([_path(subject, chunk, steps)], subject, work)
@@ -151,10 +151,10 @@ def _attributed(found: list[Tensor], subject: Subject, work: str) -> Outcome:
     return Outcome(maps.flatten(0, 1).detach(), error=error)
 
 
-def _sensitivity(attribute: Attribute, subject: Subject) -> Outcome:
+def _sensitivity(attribute: Attribute, subject: Subject, chunk: int | None) -> Outcome:
     def explain(inputs: tuple[Tensor], target: list[int] | Tensor) -> tuple[Tensor]:
         repeated = Subject(subject.network, subject.classifier, inputs[0], target)
-        return (attribute(repeated, None),)
+        return (attribute(repeated, chunk),)
 
     sensitivity_max(explain, (subject.images,), target=torch.tensor(subject.targets))
     return Outcome(None)

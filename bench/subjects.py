@@ -17,7 +17,8 @@ from serving.settings import Preprocessing
 from study.__main__ import pictures
 
 LITE0 = "efficientnet_lite0"
-NETWORKS = ("resnet18", "resnet50", LITE0)  # the ResNets with random weights: time does not depend on them
+DEEP = "resnet50"
+NETWORKS = ("resnet18", DEEP, LITE0)  # the ResNets with random weights: time does not depend on them
 
 
 @dataclass(frozen=True)
