@@ -64,12 +64,15 @@ class Call:
         return self.function(*self.args, **self.kwargs)
 
 
+Replacements = Mapping[str, Callable[[Call], Any]]
+
+
 class _Replacing(TorchFunctionMode):
     """Hands the calls of functions to their replacements while it is active."""
 
-    def __init__(self, replacements: Mapping[str, Callable[[Call], Any]]) -> None:
+    def __init__(self, replacements: Replacements, in_place: bool) -> None:
         super().__init__()
-        self._replacements = replacements
+        self._replacements, self._in_place = replacements, in_place
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").rstrip("_")
@@ -79,30 +82,31 @@ class _Replacing(TorchFunctionMode):
             raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")
         if replacement is None or not call.inputs:
             return call.plain()
-        if not call.in_place:
+        if self._in_place or not call.in_place:
             return replacement(call)
         # What depends on the function's work in place finds the replacement's result there.
         return args[0].copy_(replacement(replace(call, args=(args[0].clone(), *args[1:]))))
 
 
-def replacing(model: nn.Module, replacements: Callable[[], Mapping[str, Callable[[Call], Any]]]) -> nn.Module:
+def replacing(model: nn.Module, replacements: Callable[[], Replacements], in_place: bool = False) -> nn.Module:
     """Return a model of the same modules whose functions are replaced; `replacements` are made anew for each pass.
 
-    A function is found whatever form it has: a module, one used several times, in place, or called as a function.
+    A function is found whatever form it has: a module, one used several times, in place, or called as a function. With
+    `in_place` the replacements work in place themselves where the model does; the others get a copy to work on.
     """
-    return _Replaced(model, replacements)
+    return _Replaced(model, replacements, in_place)
 
 
 class _Replaced(nn.Module):
     """A model whose functions are replaced; its own hooks run once, as in the model."""
 
-    def __init__(self, model: nn.Module, replacements: Callable[[], Mapping[str, Callable[[Call], Any]]]) -> None:
+    def __init__(self, model: nn.Module, replacements: Callable[[], Replacements], in_place: bool) -> None:
         super().__init__()
         self._model = [model]  # not a child: whose modules they are stays as it is
-        self._replacements = replacements
+        self._replacements, self._in_place = replacements, in_place
 
     def forward(self, x: Tensor) -> Any:
-        with _Replacing(self._replacements()):
+        with _Replacing(self._replacements(), self._in_place):
             return self._model[0](x)
 
 

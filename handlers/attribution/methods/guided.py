@@ -20,11 +20,11 @@ class GuidedRelus:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, each ReLU with a guided gradient."""
-        return replacing(model, lambda: dict.fromkeys(RELUS, _guided))
+        return replacing(model, lambda: dict.fromkeys(RELUS, _guided), in_place=True)
 
 
 def _guided(call: Call) -> Tensor:
-    output = call.run(call.args[0])
+    output: Tensor = call.plain()
     output.register_hook(lambda gradient: gradient.clamp(min=0))  # type: ignore[no-untyped-call]
     return output
 
