@@ -110,9 +110,22 @@ class _Replaced(nn.Module):
             return self._model[0](x)
 
 
+class _Surrogate(torch.autograd.Function):
+    """One tensor's value with another's gradient."""
+
+    @staticmethod
+    def forward(_context: Any, value: Tensor, _linear: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
 def surrogate(value: Tensor, linear: Tensor) -> Tensor:
-    """Return `value` with the gradient of `linear`."""
-    return value.detach() + (linear - linear.detach())
+    """Return `value` with the gradient of `linear`, which has its shape."""
+    found: Tensor = _Surrogate.apply(value.detach(), linear)
+    return found
 
 
 def operations(model: nn.Module, example: Tensor) -> set[str]:
