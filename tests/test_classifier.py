@@ -348,3 +348,46 @@ def test_a_model_that_fails_under_a_rule_is_refused_and_still_served():
     model = Answering(lambda m, x: Once.apply(m.layers[0](x)), nn.Conv2d(3, 6, 3))
     refused = Capabilities(Classifier(model, NORMALIZATION, (16, 16))).refused
     assert "OnceBackward" in refused["lrp"] and "OnceBackward" in refused["deep_lift"] and "saliency" not in refused
+
+
+def test_a_model_whose_weight_is_computed_can_be_served(image):
+    torch.manual_seed(1)
+    convolution = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    expected = model(image[None]).detach()
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    torch.testing.assert_close(classifier.logits(image[None]), expected)
+    assert convolution.weight.grad_fn is not None  # the model given is as it was
+
+
+def test_rows_of_their_own_inside_the_model_are_no_layer():
+    class Halved(nn.Sequential):
+        """Looks at an image's halves, each as a row."""
+
+        def forward(self, x):
+            halves = super().forward(x.unflatten(3, (2, -1)).movedim(3, 1).flatten(0, 1))
+            return halves.unflatten(0, (-1, 2)).mean(1)
+
+    torch.manual_seed(1)
+    model = Halved(nn.Conv2d(3, 4, 3, stride=(2, 1), padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    assert Classifier(model, NORMALIZATION, SIZE).spatial_layers == {}
+
+
+def test_folding_that_moves_the_logits_by_more_than_rounding_is_undone(image):
+    class Tied(nn.Module):
+        """A convolution's weight is used again, bare."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(2)
+            self.convolution, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+            self.norm.running_var.fill_(0.9)
+
+        def forward(self, x):
+            again = nn.functional.conv2d(x, self.convolution.weight, padding=1)
+            return self.norm(self.convolution(x)).mean((2, 3)) + 0.01 * again.mean((2, 3))
+
+    model = Tied().double().eval()
+    classifier = Classifier(model, NORMALIZATION, SIZE)
+    assert classifier.folded == 0
+    torch.testing.assert_close(classifier.logits(image[None]), model(image[None]).detach())

@@ -7,6 +7,7 @@ import torch
 import yaml
 from conftest import NORMALIZATION, ROOT, SIZE, small_cnn
 from safetensors.torch import save_file
+from torch import nn
 
 from attribution.classifier import Classifier
 from attribution.engine import Engine
@@ -77,6 +78,34 @@ def stage(folder, arithmetic):
     (folder / "model.py").write_text((ROOT / "tests" / "conftest.py").read_text().replace("class Linear", "class _Linear"))
     sections = {"classifier": {"architecture": "model.py"}, "preprocessing": {"resize": 16, "crop": 16}}
     return read_settings(sections | {"explanations": {"arithmetic": arithmetic}})
+
+
+def test_a_map_in_bfloat16_does_not_depend_on_its_neighbours():
+    _, narrow = both(small_cnn().float())
+    first, second = NORMALIZATION(torch.rand(2, 3, *SIZE))
+    jobs = [Job(GradCam(), Case(narrow, first, 1)), Job(Sensitivity(), Case(narrow, second, 2))]
+    together = Engine(narrow, 8).results(jobs)
+    assert torch.equal(together[0].result.map, Engine(narrow, 8).results(jobs[:1])[0].result.map)
+
+
+class Widening(nn.Module):
+    """Computes in float32 whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_cnn().float()
+
+    def forward(self, x):
+        return self.inner(x.float())
+
+
+def test_a_model_that_does_not_run_in_bfloat16_is_served_in_float32(caplog):
+    with caplog.at_level(logging.WARNING):
+        wide, narrow = both(Widening())
+    assert narrow.narrow is None and "does not run in torch.bfloat16" in caplog.text
+    inputs = NORMALIZATION(torch.rand(1, 3, *SIZE))
+    found = [c.evaluate(inputs, [0], [Score.LOGIT]).scores for c in (wide, narrow)]
+    assert torch.equal(*found)
 
 
 def test_an_archive_chooses_its_arithmetic(tmp_path, monkeypatch, caplog):

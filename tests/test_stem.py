@@ -43,6 +43,35 @@ class Curved(Padded):
         return super().forward(x.tanh())
 
 
+class Clamped(Padded):
+    """What comes before the stem is linear on all but extreme images."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-3, 3))
+
+
+class Inverted(Padded):
+    """Dark images are seen as their negatives."""
+
+    def forward(self, x):
+        return super().forward(torch.where(x.mean() < -1, -x, x))
+
+
+class Centred(Padded):
+    """A constant of each image is taken off it, behind autograd's back."""
+
+    def forward(self, x):
+        return super().forward(x - x.square().mean((1, 2, 3), keepdim=True).detach())
+
+
+class Tiled(Padded):
+    """An image's halves are rows of their own until the end."""
+
+    def forward(self, x):
+        halves = super().forward(x.unflatten(3, (2, -1)).movedim(3, 1).flatten(0, 1))
+        return halves.unflatten(0, (-1, 2)).mean(1)
+
+
 class Twice(Padded):
     """The stem is called again."""
 
@@ -80,9 +109,12 @@ def test_a_weighted_gradient_is_the_sum_of_each(model):
     expected = torch.autograd.grad(logits, plain)[0]
     found = classifier.evaluate(inputs, [0, 1, 2, 3, 0], [Score.LOGIT], gradient=True)
     torch.testing.assert_close(found.gradients, expected)
-    torch.testing.assert_close(found.weighted_gradient(weights), torch.tensordot(weights, expected, 1))
-    part = found.slice(1, 4)
-    torch.testing.assert_close(part.weighted_gradient(weights[1:4]), torch.tensordot(weights[1:4], expected[1:4], 1))
+    summed = classifier.evaluate(inputs, [0, 1, 2, 3, 0], [Score.LOGIT], gradient=True, each=False)
+    assert summed.found.each is None
+    for evaluation in (found, summed):
+        torch.testing.assert_close(evaluation.weighted_gradient(weights), torch.tensordot(weights, expected, 1))
+        part = evaluation.slice(1, 4)
+        torch.testing.assert_close(part.weighted_gradient(weights[1:4]), torch.tensordot(weights[1:4], expected[1:4], 1))
 
 
 def test_sums_alone_go_through_the_stem_once():
@@ -92,7 +124,7 @@ def test_sums_alone_go_through_the_stem_once():
     assert evaluation.found.early.shape == (4, 6, 8, 8)
 
 
-@pytest.mark.parametrize("model", [Around, Curved, Twice])
+@pytest.mark.parametrize("model", [Around, Curved, Clamped, Inverted, Centred, Tiled, Twice])
 def test_a_first_convolution_that_is_no_stem_is_not_taken_for_one(model):
     assert find_stem(double(model), noise()) is None
     classifier = Classifier(double(model), NORMALIZATION, SIZE)
@@ -113,6 +145,35 @@ def test_a_model_without_a_convolution_has_no_stem(linear):
 def test_torchvisions_stems_are_found(name, stem):
     model = get_model(name, weights=None).eval().requires_grad_(False)
     assert find_stem(model, noise(size=(64, 64)).float()).name == stem
+
+
+def test_an_answer_that_the_image_does_not_reach_has_gradients_of_zero():
+    class Early(Padded):
+        """Blank images are told without a look."""
+
+        def forward(self, x):
+            seen = super().forward(x)
+            return seen if x.detach().std() > 0.01 else torch.ones_like(seen.detach())
+
+    classifier = Classifier(double(Early), NORMALIZATION, SIZE)
+    assert classifier._stem is not None
+    blank = torch.zeros(2, 3, *SIZE, dtype=torch.float64)
+    for each in (True, False):
+        found = classifier.evaluate(blank, [0, 1], [Score.LOGIT], gradient=True, each=each, layers=["stem"])
+        assert found.scores.tolist() == [1, 1] and not found.weighted_gradient(blank.new_ones(2)).any()
+        assert found.layers["stem"].gradient.shape == (2, 6, 8, 8) and not found.layers["stem"].gradient.any()
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_a_layer_before_the_stem_is_read_beside_gradients(each):
+    classifier = Classifier(double(Padded), NORMALIZATION, SIZE)
+    assert "pad" in classifier.spatial_layers and classifier._stem.name == "stem"
+    found = classifier.evaluate(noise(3), [1] * 3, [Score.LOGIT], gradient=True, each=each, layers=["pad", "stem"])
+    alone = classifier.evaluate(noise(3), [1] * 3, [Score.LOGIT], layers=["pad"])
+    torch.testing.assert_close(found.layers["pad"].gradient, alone.layers["pad"].gradient)
+    inputs = noise(3).requires_grad_()
+    expected = torch.autograd.grad(classifier._model(inputs)[:, 1].sum(), inputs)[0].sum(0)
+    torch.testing.assert_close(found.weighted_gradient(expected.new_ones(3)), expected)
 
 
 def test_the_model_comes_back_without_hooks():

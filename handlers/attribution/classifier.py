@@ -70,9 +70,9 @@ class Classifier:
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
         self.classes = self._count_classes()
         self._check_rows()
+        self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
+        self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
-        self.narrow = narrow
-        self._narrow = None if narrow is None else narrowed(self._model, self.example, narrow)
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
         self.spatial_layers = self._heard()
         self.operations = operations(self._model, self.example)
@@ -119,7 +119,7 @@ class Classifier:
         model = self._model if rule is None else self._changed(rule)
         if self._narrow is not None and rule is None and not gradient:
             model = self._narrow
-        stem = self._stem if rule is None and gradient else None
+        stem = self._stem if rule is None and gradient and not each else None
         x = self._placed(inputs).detach().requires_grad_(gradient)
         with (
             torch.set_grad_enabled(gradient or bool(layers)),
@@ -127,24 +127,21 @@ class Classifier:
             _captured(model, layers) as outputs,
         ):
             selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
-        early: Sequence[Tensor | GradientEdge] = (tuple(edges) or (x,)) if gradient else ()
-        gradients = _gradients(selected, [*early, *(outputs[name] for name in layers)])
+        early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
-        if gradient and stem is not None:
-            at_stem = gradients.pop(0)
-            to_input = torch.autograd.grad(edges[0], x, at_stem)[0] if each else None
-            found = Gradients(to_input, at_stem, stem.pull)
+        if gradient and stem is not None and early is not None:
+            found = Gradients(None, early, stem.pull)
         elif gradient:
-            to_input = gradients.pop(0)
+            to_input = torch.zeros_like(x) if early is None else early
             found = Gradients(to_input, to_input, lambda gradient: gradient)
         return Evaluation(
             selected.detach(),
             found,
-            {
-                name: Layer(self._grid(name, outputs[name]), self._grid(name, to_layer))
-                for name, to_layer in zip(layers, gradients, strict=True)
-            },
+            {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
         )
+
+    def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
+        return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))
 
     def _grid(self, name: str, tensor: Tensor) -> Tensor:
         """Return a layer's output, or a gradient there, as [n, channels, h, w]."""
@@ -207,22 +204,44 @@ class Classifier:
 
 def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
     """Return a frozen copy in evaluation mode with layers folded, and how many; it answers what the model does."""
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    copied = _copied(model)
     noise = noise.to(next((p for p in copied.parameters()), noise))
     with torch.no_grad():
         expected = copied(noise[:1].clone())
         folded = fold_layers(copied)
         copied.requires_grad_(False)  # the folded weights are new
-        if not folded or not isinstance(expected, Tensor) or _alike(expected, copied(noise[:1].clone())):
+        if not folded or not isinstance(expected, Tensor):
+            return copied, folded
+        rounding = min(0.01, 1000 * torch.finfo(expected.dtype).eps)
+        if _alike(expected, copied(noise[:1].clone()), rounding):
             return copied, folded
     log.warning("layers are not folded: the model would not answer as before")
-    return copy.deepcopy(model).eval().requires_grad_(False), 0
+    return _copied(model), 0
 
 
-def _alike(expected: Tensor, found: Tensor) -> bool:
-    """Whether logits agree up to rounding, or both are not finite."""
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a frozen copy in evaluation mode; a tensor that it computed, such as a normed weight, is copied as it is."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    computed = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    return copy.deepcopy(model, computed).eval().requires_grad_(False)
+
+
+def _narrowed(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module | None:
+    """Return a copy that computes in `dtype`, or None where the model does not run in it, which the log tells."""
+    try:
+        narrow = narrowed(model, example, dtype)
+        with torch.no_grad():
+            narrow(example.clone())
+    except Exception as error:  # it is the user's own forward that runs here
+        log.warning("the arithmetic stays %s: the model does not run in %s: %s", example.dtype, dtype, error)
+        return None
+    return narrow
+
+
+def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
+    """Whether logits agree within a fraction of the largest, or both are not finite."""
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(expected, found, rtol=0, atol=0.01 * scale, equal_nan=True)
+    return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> Tensor:
@@ -235,13 +254,16 @@ def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> 
     return torch.where(as_probability, logits.softmax(1).gather(1, index)[:, 0], chosen)
 
 
-def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor]:
-    """Return the gradient of the summed scores to each tensor; zeros where the scores do not depend on it."""
-    tensors = [tensor for tensor in wanted if isinstance(tensor, Tensor)]
-    if not selected.requires_grad or not wanted:
-        return [torch.zeros_like(tensor) for tensor in tensors]
-    found = torch.autograd.grad(selected, wanted, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
+    """Return the gradient of the summed scores to each tensor; None where the scores do not depend on it."""
+    found: list[Tensor | None] = [None] * len(wanted)
+    places = [place for place, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
+    if selected.requires_grad and places:
+        asked = [wanted[place] for place in places]
+        gradients = torch.autograd.grad(selected, asked, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
+        for place, gradient in zip(places, gradients, strict=True):
+            found[place] = gradient
+    return found
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attribution.classifier import Classifier
 from attribution.errors import AttributionError, DeadlinePassed, OutOfMemory
-from attribution.rows import Asking, Evaluation, Rows
+from attribution.rows import Asking, Evaluation, Rows, Rule
 
 log = logging.getLogger(__name__)
 LATE = "out of time before the batch's deadline; ask for fewer methods, steps or samples"
@@ -164,13 +164,18 @@ class Engine:
     def _fill(self, live: Sequence[_Task[T]]) -> list[_Slice]:
         """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along."""
         blocks = [(task, block) for task in live for block in task.waiting]
-        kind, free = blocks[0][1].rows.kind, self.pack
+        kind, free = self._kind(blocks[0][1].rows), self.pack
         slices: list[_Slice] = []
         for task, block in blocks:
-            if free and block.rows.kind == kind:
+            if free and self._kind(block.rows) == kind:
                 slices.append(_Slice(task, block, min(free, block.rows.count - block.done)))
                 free -= slices[-1].count
         return slices
+
+    def _kind(self, rows: Rows) -> tuple[bool, Rule | None, bool]:
+        """Rows of equal kind may share a pass: they all go back or none does, by one rule, in one arithmetic."""
+        narrow = self.classifier.narrow is not None and not rows.gradient
+        return rows.gradient or bool(rows.layers), rows.rule, narrow
 
     def _pass(self, slices: list[_Slice], deadline: float, live: Sequence[_Task[T]]) -> None:
         count = sum(part.count for part in slices)

@@ -135,10 +135,11 @@ def operations(model: nn.Module, example: Tensor) -> set[str]:
     """
     with torch.enable_grad():
         output: Tensor = model(example.detach().requires_grad_().clone())
-    return set(_names(output.grad_fn))
+    return set(node_names(output.grad_fn))
 
 
-def _names(last: Any) -> Iterator[str]:
+def node_names(last: Any) -> Iterator[str]:
+    """Yield the names of the operations that lead to a node of the autograd graph, itself among them."""
     seen: set[Any] = set()
     waiting = [last]
     while waiting:

@@ -56,6 +56,8 @@ def find_spatial_layers(model: nn.Module, example: Tensor) -> dict[str, Grid]:
 
 def _grid(output: Tensor, example: Tensor) -> Grid | None:
     rows, columns = example.shape[-2:]
+    if output.dim() == 0 or len(output) != len(example):  # tiles or windows of images, which are rows of their own there
+        return None
     if output.dim() == 4:
         _, a, b, c = output.shape
         for layout, channels, height, width in (("channels_first", a, b, c), ("channels_last", c, a, b)):

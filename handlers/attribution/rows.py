@@ -112,11 +112,6 @@ class Rows:
     rule: Rule | None = None
     passes: int = 1
 
-    @property
-    def kind(self) -> tuple[bool, Rule | None]:
-        """Rows of equal kind may share a pass."""
-        return (self.gradient or bool(self.layers), self.rule)
-
 
 # A computation that asks for rows and goes on once all of them have been consumed.
 Asking = Generator[list[Rows], None, T]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from attribution.functions import LINEAR_NODES, node_names
+
 
 class _Reached(Exception):
     """The stem has answered; what the model would do next is of no interest."""
@@ -63,10 +65,13 @@ def find_stem(model: nn.Module, images: Tensor) -> Stem | None:
     first, second, middle = (
         _output(model, name, image)[1].detach() for image in (images[:1], images[1:], images.mean(0, keepdim=True))
     )
+    # What is linear to autograd may still have constants taken from the image: that shows between two images.
     affine = torch.allclose((first + second) / 2, middle, rtol=0, atol=1e-4 * float(middle.abs().max()))
     if not affine or not _is_all_that_is_seen(model, name, images[:1]):
         return None
     x, output = _output(model, name, images[:1])
+    if len(output) != len(x) or not set(node_names(output.grad_fn)) <= LINEAR_NODES | {"AccumulateGrad"}:
+        return None
     return Stem(name, x, get_gradient_edge(output))
 
 
