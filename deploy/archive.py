@@ -39,14 +39,19 @@ class Refused(Exception):
     """What was given cannot be served; the message says why."""
 
 
+def check_name(what: str, text: str) -> None:
+    """Raise Refused where a text cannot be a model's name or version."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise Refused(f"{text[:100]!r} is no {what}; allowed: up to 100 letters, digits, '.', '_' and '-'")
+
+
 def build_archive(name: str, options: argparse.Namespace) -> Path:
     """Build, check and store an archive; return its path. Raises Refused.
 
     Everything happens in a folder of its own, and the finished archive replaces the old one in one step.
     """
-    for what, text in (("model name", name), ("version", options.version)):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
-            raise Refused(f"{text[:100]!r} is no {what}; allowed: up to 100 letters, digits, '.', '_' and '-'")
+    check_name("model name", name)
+    check_name("version", options.version)
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary, "stage")
         shutil.copytree(ROOT / "handlers", stage, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))

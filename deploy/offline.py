@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from attribution.classifier import Classifier
 from attribution.memory import keep_freed_memory
 from deploy import ROOT
-from deploy.archive import CONFIG
+from deploy.archive import CONFIG, Refused
 from deploy.serve import ensure_archive
 from serving.images import FORMATS
 from serving.loading import load_classifier
@@ -51,7 +53,7 @@ def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
     """
     ensure_archive(name, store)
     keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(store / f"{name}.mar") as archive:
+    with tempfile.TemporaryDirectory() as folder, _opened(store / f"{name}.mar") as archive:
         archive.extractall(folder)
         members = sorted((member.filename, member.CRC) for member in archive.infolist() if member.filename != MANIFEST)
         settings = read_settings(yaml.safe_load(Path(folder, CONFIG).read_text(encoding="utf-8")))
@@ -61,6 +63,13 @@ def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
         classifier, labels = load_classifier(Path(folder), settings.model_copy(update={"preprocessing": larger}), device)
     labels = labels or [str(index) for index in range(classifier.classes)]
     return Archive(classifier, labels, settings, hashlib.sha256(repr(members).encode()).hexdigest())
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise Refused(f"{path} is no archive: {error}") from None
 
 
 def progress() -> Progress:
@@ -86,6 +95,25 @@ def add_record(path: Path, record: Record) -> None:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replace a file of records in one step."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with in_one_step(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Give another path to write to, which becomes `path` once it is whole, whoever else writes that meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    yield unfinished
     unfinished.replace(path)
+
+
+def readable(path: Path | str) -> str:
+    """Return a path as text that can be written, its bytes escaped where they are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def check_apart(data: Path, out: Path) -> None:
+    """Raise Refused where what is written would lie among what is read."""
+    if out.resolve().is_relative_to(data.resolve()):
+        raise Refused(f"{out} lies inside {data}, and would be read as a part of it; allowed: a folder elsewhere")

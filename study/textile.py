@@ -29,6 +29,7 @@ from attribution.methods.path import IntegratedGradients
 from attribution.methods.perturbation import Occlusion
 from attribution.methods.relevance import BiasedLayer
 from deploy import ROOT
+from deploy.archive import Refused
 from deploy.offline import load_archive
 from serving.images import Picture, read_picture
 from serving.pictures import Cell, Map, Scale, contact_sheet, draw_overlay
@@ -164,7 +165,11 @@ def main() -> int:
         "--out", type=Path, default=ROOT / "run" / "textile", help="where the results go (default: run/textile)"
     )
     options = command.parse_args()
-    archive = load_archive("textile")
+    try:
+        archive = load_archive("textile")
+    except Refused as reason:
+        print(f"study.textile: {reason}; docs/training.md tells how it is trained", file=sys.stderr)
+        return 1
     engine, preprocessing = Engine(archive.classifier, PACK), archive.settings.preprocessing
     metrics = json.loads((ROOT / "classifiers" / "textile" / "metrics.json").read_text())
     data: Data = read_folder(options.data, preprocessing, read_recipe("textile")[0].ratio, metrics["seed"])

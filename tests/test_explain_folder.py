@@ -291,7 +291,7 @@ def test_what_cannot_be_asked_is_refused(store, labelled, tmp_path, capsys, more
 
 def test_a_folder_that_does_not_fit_is_refused(store, tmp_path, capsys):
     def refused(*names):
-        assert command(store, tmp_path, tmp_path / "out", *names) == 1
+        assert command(store, tmp_path, tmp_path.with_name("out"), *names) == 1
         return capsys.readouterr().err
 
     assert "holds no picture; allowed: names that end in" in refused()
@@ -327,3 +327,28 @@ def test_a_map_that_is_not_finite_is_told_and_not_tried_again(store, labelled, t
     assert "not a finite number" in records[0]["failed"]
     assert "not a finite number" in next((tmp_path / "classes").iterdir()).read_text()
     assert command(store, labelled, tmp_path) == 0 and len(passes) == 1
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(store, labelled, tmp_path, capsys):
+    mine = tmp_path / "project" / "classes" / "Mine.java"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert command(store, labelled, tmp_path / "project") == 1
+    assert "holds something else" in capsys.readouterr().err and mine.read_text() == "mine"
+    assert command(store, labelled, labelled / "ant" / "out") == 1
+    assert "lies inside" in capsys.readouterr().err
+
+
+def test_what_is_hidden_is_no_picture(tmp_path):
+    for folder in (".hidden", "seen"):
+        (tmp_path / "ant" / folder).mkdir(parents=True)
+        (tmp_path / "ant" / folder / "one.png").write_bytes(picture())
+    assert [sample.path for sample in find_samples(tmp_path, ["ant"])] == ["ant/seen/one.png"]
+
+
+def test_a_broken_archive_is_told(store, labelled, tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    whole = next(store.glob("*.mar"))
+    (tmp_path / "store" / whole.name).write_bytes(whole.read_bytes()[:1000])
+    assert command(tmp_path / "store", labelled, tmp_path / "out") == 1
+    assert "is no archive" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from serving.loading import build_network
 from serving.pictures import png
 from serving.settings import read_settings
 from training.__main__ import main
+from training.architectures.cnn import Cnn
 from training.data import read_folder
 from training.evaluation import evaluate
 from training.recipe import read_recipe, recipe_names
@@ -175,3 +176,35 @@ def test_a_trained_classifier_is_served(trained, tmp_path):
             assert answer == pytest.approx(expected, abs=1e-4) and max(answer, key=answer.get) == colour
             why = httpx.post(f"{server.inference}/explanations/patches", content=data, timeout=60).json()
             assert why["explanations"][0]["method"] == read_recipe("textile")[0].method and why["predicted"]["label"] == colour
+
+
+def test_other_weights_under_the_same_name_start_anew(folders, tmp_path, kept_here):
+    kept_here("states")
+    weights, found = tmp_path / "weights.pth", []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.save(Cnn(2).state_dict(), weights)
+        found.append(small_run(folders[TWO], tmp_path / "out", "--backbone", "cnn", "--weights", weights)[1])
+    start = "features.0.0.weight"
+    assert not torch.allclose(found[0][start], found[1][start], atol=0.1)
+    assert torch.nn.functional.cosine_similarity(found[1][start].flatten(), torch.load(weights)[start].flatten(), dim=0) > 0.9
+
+
+def test_other_images_start_anew(tmp_path, kept_here):
+    kept_here("states")
+    seconds = []
+    for top in ("first", "second"):
+        data = write_folder(tmp_path / top, TWO, 5 if top == "first" else 6)
+        metrics, _ = small_run(data, tmp_path / "out")
+        seconds.append([epoch["seconds"] for epoch in metrics["epochs"]])
+    assert seconds[0] != seconds[1]
+
+
+def test_a_state_that_was_cut_off_is_told(folders, tmp_path, kept_here, capsys):
+    kept_here("states")
+    small_run(folders[TWO], tmp_path / "out")
+    (state,) = (tmp_path / "states" / "training").iterdir()
+    state.write_bytes(state.read_bytes()[:100])
+    arguments = ["--data", folders[TWO], "--out", tmp_path / "out", "--size", 32, "--epochs", 2, "--workers", 0]
+    assert main(["birds", *map(str, arguments)]) == 1
+    assert f"{state.name} is no state of a training" in capsys.readouterr().err

@@ -275,6 +275,10 @@ def test_drawn_images_are_kept_and_belong_to_their_class(tmp_path):
         (["leaves", "--backbone", "lite0"], "tells two classes apart, not 3"),
         (["textile", "--out", str(ROOT / "classifiers" / "imagenet")], "holds another classifier"),
         (["textile", "--out", str(ROOT / "README.md")], "is a file"),
+        (["textile", "--out", str(ROOT / "README.md" / "deeper")], "Not a directory"),
+        (["textile", "--out", "/proc/nothing"], "--out: "),
+        (["textile", "--out", "a name"], "'a name' is no model name"),
+        (["vegetables", "--backbone", "cnn", "--size", "4"], "--size 4 is too small for cnn"),
     ],
 )
 def test_a_wrong_command_is_refused_with_the_reason(tmp_path, capsys, arguments, reason):
@@ -308,3 +312,56 @@ def test_a_state_dict_of_other_classes_gets_a_new_head(tmp_path):
     assert torch.equal(again.features[0][1].weight, network.features[0][1].weight)
     with pytest.raises(Unusable, match="no state dict of lite0"):
         build("lite0", str(tmp_path / "w.pth"), 5, Part.HEAD)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "reason"),
+    [
+        ("textile", ["--epochs", "0"], "0 is not allowed; allowed: a whole number from 1"),
+        ("textile", ["--learning-rate", "nan"], "allowed: a number above 0"),
+        ("textile", ["--seed", "-1"], "a whole number from 0"),
+        ("birds", ["--draw", "-1"], "a whole number from 0"),
+        ("leaves", ["--epochs", "3"], "unrecognized arguments: --epochs 3"),  # nothing is trained by gradient there
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_read(capsys, recipe, options, reason):
+    with pytest.raises(SystemExit):
+        main([recipe, "--data", "nowhere", "--out", "out", *options])
+    assert reason in capsys.readouterr().err
+
+
+def test_what_is_written_does_not_lie_among_what_is_read(tmp_path, capsys):
+    data = write_folder(tmp_path / "images", count=3)
+    assert main(["textile", "--data", str(data), "--out", str(data / "red" / "out")]) == 1
+    assert "lies inside" in capsys.readouterr().err and not (data / "red" / "out").exists()
+
+
+def test_a_batch_of_one_is_trained_on():
+    assert sorted(place for batch in shuffled(5, 1, 0, 0) for place in batch) == [0, 1, 2, 3, 4]
+    assert [len(batch) for batch in shuffled(5, 2, 0, 0)] == [2, 2]
+
+
+def test_classes_with_the_same_features_are_told():
+    with pytest.raises(Unusable, match="same mean"):
+        mean_difference(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "validation")])
+def test_splits_are_known_however_they_are_written(tmp_path, names):
+    for number, name in enumerate(names):
+        write_folder(tmp_path / name, ("blue", "red"), 9, start=100 * number)
+    data = read_folder(tmp_path, preprocessing_for("cnn", 32), (0.6, 0.2, 0.2), 0)
+    assert data.classes == ["blue", "red"] and all(data.splits.values())
+
+
+def test_one_split_under_two_names_is_refused(tmp_path):
+    for name in ("train", "val", "validation"):
+        write_folder(tmp_path / name, ("blue", "red"), 3)
+    with pytest.raises(Unusable, match="both val and validation"):
+        read_folder(tmp_path, preprocessing_for("cnn", 32), (0.6, 0.2, 0.2), 0)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    whole = write_folder(tmp_path / "images", ("blue", "red"), 4)
+    (whole / "red").rename(whole / "train")
+    assert read_folder(whole, preprocessing_for("cnn", 32), (0.6, 0.2, 0.2), 0).classes == ["blue", "train"]

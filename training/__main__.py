@@ -22,8 +22,9 @@ from training.experiment import Experiment
 from training.features import Place
 from training.fit import OPTIMIZERS
 from training.gan import Drawing
-from training.networks import PRETRAINED
-from training.recipe import Recipe, read_recipe, recipe_names
+from training.networks import PRETRAINED, start_of
+from training.options import positive, whole
+from training.recipe import Part, Recipe, read_recipe, recipe_names
 from training.run import run
 
 RUN = ROOT / "run"  # where what can be computed again is kept
@@ -39,32 +40,36 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     command.add_argument("--out", type=Path, required=True, help="classifiers/NAME")
     command.add_argument("--backbone", choices=recipe.allowed, default=recipe.backbones[0], help="default: %(default)s")
     command.add_argument("--weights", default=PRETRAINED, help=f"{PRETRAINED}, random, or a state dict (default: %(default)s)")
-    command.add_argument("--epochs", type=_positive, default=recipe.epochs, help="at most (default: %(default)s)")
-    command.add_argument("--batch", type=_positive, default=recipe.batch, help="default: %(default)s")
-    command.add_argument("--learning-rate", type=float, default=recipe.learning_rate, help="default: %(default)s")
-    command.add_argument("--optimizer", choices=OPTIMIZERS, default=recipe.optimizer, help="default: %(default)s")
-    command.add_argument("--size", type=_positive, default=recipe.size, help="of the model's input (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of splits, weights and order (default: %(default)s)")
-    command.add_argument("--workers", type=int, default=min(4, (os.cpu_count() or 1) - 1), help="processes that read images")
+    command.add_argument("--size", type=whole(1), default=recipe.size, help="of the model's input (default: %(default)s)")
+    if recipe.part is not Part.DIRECTION:
+        command.add_argument("--epochs", type=whole(1), default=recipe.epochs, help="at most (default: %(default)s)")
+        command.add_argument("--batch", type=whole(1), default=recipe.batch, help="default: %(default)s")
+        command.add_argument("--learning-rate", type=positive, default=recipe.learning_rate, help="default: %(default)s")
+        command.add_argument("--optimizer", choices=OPTIMIZERS, default=recipe.optimizer, help="default: %(default)s")
+    command.add_argument("--seed", type=whole(0), default=0, help="of splits, weights and order (default: %(default)s)")
+    command.add_argument(
+        "--workers", type=whole(0), default=min(4, (os.cpu_count() or 1) - 1), help="processes that read images"
+    )
     if recipe.draws:
         command.add_argument(
-            "--draw", type=int, default=0, metavar="N", help="train again with a GAN's N images a class, and compare"
+            "--draw", type=whole(0), default=0, metavar="N", help="train again with a GAN's N images a class, and compare"
         )
-        command.add_argument("--draw-steps", type=_positive, default=20_000, help="of each GAN (default: %(default)s)")
+        command.add_argument("--draw-steps", type=whole(1), default=20_000, help="of each GAN (default: %(default)s)")
     command.set_defaults(carry_out=train, recipe=recipe, name=name)
 
 
 def train(options: argparse.Namespace) -> int:
     """Train by a recipe; the same command goes on where it was stopped."""
     keep_freed_memory()
-    recipe: Recipe = replace(options.recipe, **{name: getattr(options, name) for name in OVERRIDES})
+    recipe: Recipe = replace(options.recipe, **{name: getattr(options, name) for name in OVERRIDES if name in options})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress() as shown:
         place = Place(device, RUN / "features", options.workers, shown)
         drawing = None
         if recipe.draws and options.draw:
             drawing = Drawing(options.draw, options.draw_steps, RUN / "drawn", device, progress=shown)
-        asked = (options.name, recipe, options.backbone, options.weights, options.data, options.out, options.seed)
+        weights = start_of(options.backbone, options.weights)
+        asked = (options.name, recipe, options.backbone, weights, options.data, options.out, options.seed)
         metrics = run(Experiment(*asked, place, RUN / "training", drawing))
     console = Console()
     for path, why in metrics["skipped"].items():
@@ -75,13 +80,6 @@ def train(options: argparse.Namespace) -> int:
         markup=False,
     )
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Unusable as reason:
         print(f"training: {reason}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

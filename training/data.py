@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
+from deploy.offline import readable
 from serving.errors import ClientError
 from serving.images import read_picture
 from serving.settings import Limits, Preprocessing
@@ -84,8 +85,13 @@ def _splits(folder: Path) -> dict[str, Path]:
     """Return the folder of each split that there is; the whole is `train` where there are none."""
     if not folder.is_dir():
         raise Unusable(f"{folder} is no folder; allowed: {LAYOUT}")
-    named = {ALIASES.get(path.name, path.name): path for path in _folders(folder)}
-    if "train" not in named:
+    named: dict[str, Path] = {}
+    for path in _folders(folder):
+        split = ALIASES.get(path.name.casefold(), path.name.casefold())
+        if split in SPLITS and split in named:
+            raise Unusable(f"{folder} holds both {named[split].name} and {path.name}; allowed: one folder for each split")
+        named[split] = path
+    if "train" not in named or not _folders(named["train"]):  # without folders in it, it is a class of that name
         return {"train": folder}
     return {split: named[split] for split in SPLITS if split in named}
 
@@ -100,6 +106,8 @@ def _classes(folder: Path) -> list[str]:
     if len(names) < 2:
         found = f"the one class {names[0]}" if names else "no folder of images"
         raise Unusable(f"{folder} holds {found}; allowed: two classes or more, {LAYOUT}")
+    if broken := [name for name in names if readable(name) != name]:
+        raise Unusable(f"the class {readable(broken[0])} has a name that is no UTF-8; rename its folder")
     return names
 
 

@@ -1,6 +1,5 @@
 """An experiment: what the command line asks for, what its learning part sees, and what has been learnt."""
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from serving.settings import Preprocessing
 from training.data import SPLITS, Data, Images
 from training.export import Architecture
-from training.features import Place, Source, read_source
+from training.features import Place, Source, digest_of, read_source
 from training.fit import Epoch
 from training.gan import Drawing
 from training.networks import preprocessing_for
@@ -54,6 +53,7 @@ class Learnt:
     architecture: Architecture
     logits: dict[str, Tensor]
     epochs: list[Epoch] = field(default_factory=list)
+    seconds_before: float = 0.0  # of the epochs that an earlier run trained
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,7 +71,7 @@ def read_sources(
     }
 
 
-def state_key(experiment: Experiment, data: Data) -> str:
-    """Return what a training under way is known by: its settings and its images."""
+def state_key(experiment: Experiment, data: Data, model: nn.Module) -> str:
+    """Return what a training under way is known by: its settings, its images, and the model that it starts from."""
     images = {split: [(sample.digest, sample.label) for sample in data.splits[split]] for split in SPLITS}
-    return hashlib.sha256(json.dumps([experiment.settings(), images], default=str).encode()).hexdigest()[:24]
+    return digest_of(model, json.dumps([experiment.settings(), images], default=str))

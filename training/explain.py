@@ -17,14 +17,16 @@ from attribution.job import Job
 from attribution.methods import Attribution
 from deploy import ROOT
 from deploy.archive import Refused
-from deploy.offline import STORE, Record, add_record, load_archive, progress, read_records, write_records
+from deploy.offline import STORE, Record, add_record, check_apart, load_archive, progress, read_records, readable, write_records
 from serving.answers import NAMES, Class, Explanation
 from serving.errors import ClientError
 from serving.images import Picture, read_picture
 from serving.pictures import LARGEST_SIDE, compact
 from training.gallery import FAILED, Told, map_path, overlay_path, seen_path, write_gallery
+from training.options import whole
 from training.question import LABEL, PREDICTED, Question, Sample, ask, digest_of, find_samples
 
+RECORDS = "records.jsonl"
 QUALITY = 85  # of pictures in WebP
 
 
@@ -78,7 +80,8 @@ class Run:
         self._limits = self._archive.settings.explanations.limits
         self._engine = Engine(self._archive.classifier, self._limits.pack)
         out.mkdir(parents=True, exist_ok=True)
-        self._records = Records(out / "records.jsonl", question.settings)
+        (out / RECORDS).touch()
+        self._records = Records(out / RECORDS, question.settings)
         self._digests: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
 
@@ -107,6 +110,9 @@ class Run:
 
     def _read(self, sample: Sample) -> Due | None:
         """Read a picture that lacks maps; None for one that is done or cannot be read."""
+        if readable(sample.path) != sample.path:
+            self.skipped[readable(sample.path)] = "its name is no UTF-8"
+            return None
         try:
             data = (self._data / sample.path).read_bytes()
             digest = self._digests[sample.path] = digest_of(data)
@@ -194,7 +200,7 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
     command.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
     command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
-    command.add_argument("--batch", type=_count, default=8, help="pictures explained together (default: %(default)s)")
+    command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
     command.set_defaults(carry_out=main)
 
@@ -203,6 +209,7 @@ def main(options: argparse.Namespace) -> int:
     """Explain the folder that the command line names, write the gallery, and say what is in it."""
     out = options.out or ROOT / "run" / "explained" / options.name
     try:
+        _check_out(out, options.data)
         archive = load_archive(options.name, options.store)
         samples = find_samples(options.data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
@@ -222,10 +229,11 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a whole number from 1")
-    return int(text)
+def _check_out(out: Path, data: Path) -> None:
+    """Raise Refused where pages would be written over what is not theirs."""
+    check_apart(data, out)  # else the next run takes maps for pictures
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
+        raise Refused(f"--out: {out} holds something else; allowed: a new folder, or one that was written by this command")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from deploy.archive import Refused, check_name
+from deploy.offline import check_apart
 from serving.loading import MODEL, WEIGHTS
 from serving.settings import Preprocessing
 from training.architectures import direction
@@ -48,10 +51,21 @@ def direction_architecture(backbone: str, length: int) -> Architecture:
     return Architecture(MODEL, "\n\n\n".join([start, inspect.getsource(direction).rstrip(), joined]))
 
 
-def check_out(out: Path) -> None:
-    """Raise Unusable where the folder holds what training has not made."""
+def check_out(out: Path, data: Path) -> None:
+    """Raise Unusable where a folder cannot be written or archived, or holds what training has not made."""
     if out.exists() and not out.is_dir():
         raise Unusable(f"--out: {out} is a file; allowed: a folder, such as classifiers/NAME")
+    try:
+        check_name("model name", out.resolve().name)
+        check_apart(data, out)
+        new = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        if new:
+            out.rmdir()
+    except (Refused, OSError) as error:
+        raise Unusable(f"--out: {error}") from None
     if out.exists() and any(out.iterdir()) and not (out / METRICS).exists():
         raise Unusable(f"--out: {out} holds another classifier; allowed: a new folder, or one that training has written")
 
@@ -60,7 +74,6 @@ def export(
     out: Path, model: nn.Module, architecture: Architecture, labels: list[str], preprocessing: Preprocessing, method: str
 ) -> None:
     """Write weights, labels, configuration and the network's file."""
-    out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().clone().contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS)
     (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False, indent=1), encoding="utf-8")
     config = {
@@ -77,4 +90,5 @@ def export(
 
 def write_metrics(out: Path, metrics: dict[str, Any]) -> None:
     """Write what was measured; a folder that holds it was made by training."""
+    out.mkdir(parents=True, exist_ok=True)
     (out / METRICS).write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from deploy.offline import in_one_step
 from training.data import Images, mixed
 
 LARGEST = 2 * 2**30  # bytes of a split's features that are kept; larger ones are made in every epoch
@@ -86,9 +87,9 @@ def in_order(count: int, size: int = BATCH) -> list[list[int]]:
 
 
 def shuffled(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return an epoch's batches; a last one of a single image, which has no variance for a norm, is left out."""
+    """Return an epoch's batches; a single image that is left over, which has no variance for a norm, is left out."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
-    return [batch.tolist() for batch in torch.split(order, size) if len(batch) > 1 or count == 1]
+    return [batch.tolist() for batch in torch.split(order, size) if len(batch) > 1 or size == 1 or count == 1]
 
 
 def _kept_features(live: Live) -> Tensor:
@@ -101,10 +102,8 @@ def _kept_features(live: Live) -> Tensor:
         order = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
         for batch, (features, _) in zip(watched(live, order), live.batches(order, 0), strict=True):
             known |= {digests[place]: feature.cpu().clone() for place, feature in zip(batch, features, strict=True)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        save_file(_known(path) | known, unfinished)
-        unfinished.replace(path)
+        with in_one_step(path) as unfinished:
+            save_file(_known(path) | known, unfinished)
     return torch.stack([known[digest] for digest in digests])
 
 
@@ -124,7 +123,12 @@ def _known(path: Path, digests: Sequence[str] | None = None) -> dict[str, Tensor
 
 def _key(live: Live) -> str:
     """Return what features depend on beside the image: the frozen modules, their weights, the preprocessing."""
-    digest = hashlib.sha256(f"{live.images.preprocessing!r} {live.frozen!r}".encode())
-    for name, tensor in live.frozen.state_dict().items():
+    return digest_of(live.frozen, f"{live.images.preprocessing!r} {live.frozen!r}")
+
+
+def digest_of(module: nn.Module, told: str) -> str:
+    """Return what a module's weights, and what is told beside them, are known by."""
+    digest = hashlib.sha256(told.encode())
+    for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from deploy.offline import in_one_step
 from training.data import mixed
 from training.errors import Unusable
 from training.features import Source, in_order, shuffled
@@ -97,13 +98,14 @@ class Training:
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(self.path)
+        with in_one_step(self.path) as unfinished:
+            torch.save(state, unfinished)
 
     def _go_on(self) -> None:
-        state: dict[str, Any] = torch.load(self.path, map_location=self.weights.device, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location=self.weights.device, weights_only=True)
+        except Exception as error:  # torch.load stumbles on a broken file in many ways
+            raise Unusable(f"{self.path} is no state of a training ({error}); remove it to begin anew") from None
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

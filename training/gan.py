@@ -1,6 +1,8 @@
 """A small GAN for each class (DCGAN, arXiv:1511.06434) draws more images of it to train on."""
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -76,12 +78,17 @@ def _draw(own: Sequence[Sample], folder: Path, drawing: Drawing, seed: int, name
         with torch.no_grad():
             noise = torch.randn(drawing.images, NOISE, 1, 1, device=drawing.device)
             images = torch.cat([generator(part) for part in torch.split(noise, 64)]).cpu()
-    unfinished = folder.with_suffix(".unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     for number, image in enumerate(images):
         pixels = ((image.movedim(0, -1) + 1) * 127.5).round().numpy().astype(np.uint8)
         Image.fromarray(pixels).save(unfinished / f"{number:05}.png")
-    unfinished.rename(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another run was faster, with the same images
+        if not folder.exists():
+            raise
+        shutil.rmtree(unfinished)
 
 
 def _real(own: Sequence[Sample]) -> Tensor:

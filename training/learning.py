@@ -12,7 +12,7 @@ from training.experiment import Experiment, Learnt, read_sources, state_key
 from training.export import architecture_of, direction_architecture
 from training.fit import Training, balanced, fit, predict
 from training.mean_difference import best_threshold, held_out_accuracy, mean_difference
-from training.networks import build
+from training.networks import build, check_size
 from training.recipe import Part
 
 
@@ -23,14 +23,16 @@ def learn(experiment: Experiment, data: Data) -> Learnt:
     network = build(
         experiment.backbone, experiment.weights, len(data.classes), recipe.part, recipe.first.get(experiment.backbone)
     )
+    check_size(network.model, recipe.size, experiment.backbone)
     network.model.to(experiment.place.device)
     sources = read_sources(experiment, data, network.frozen, recipe.augmentation)
     weights = balanced(data.counts("train")).to(experiment.place.device)
-    path = experiment.states / f"{state_key(experiment, data)}.pt"
+    path = experiment.states / f"{state_key(experiment, data, network.model)}.pt"
     training = Training(network.trained, recipe, weights, experiment.seed, path)
+    seconds_before = sum(epoch.seconds for epoch in training.epochs)
     epochs = fit(training, sources["train"], sources["val"], experiment.place.progress)
     logits = {split: predict(network.trained, sources[split])[0] for split in SPLITS[1:]}
-    return Learnt(network.model.eval(), architecture_of(experiment.backbone), logits, epochs)
+    return Learnt(network.model.eval(), architecture_of(experiment.backbone), logits, epochs, seconds_before)
 
 
 def learn_direction(experiment: Experiment, data: Data) -> Learnt:
@@ -38,7 +40,9 @@ def learn_direction(experiment: Experiment, data: Data) -> Learnt:
     if len(data.classes) != 2:
         raise Unusable(f"a mean difference tells two classes apart, not {len(data.classes)}")
     torch.manual_seed(experiment.seed)
-    body = build(experiment.backbone, experiment.weights, 2, Part.HEAD).model.features
+    network = build(experiment.backbone, experiment.weights, 2, Part.HEAD)
+    check_size(network.model, experiment.recipe.size, experiment.backbone)
+    body = network.model.features
     assert isinstance(body, nn.Module)
     frozen = nn.Sequential(body, nn.Flatten()).eval().to(experiment.place.device)
     sources = read_sources(experiment, data, frozen, None)

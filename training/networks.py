@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
@@ -20,6 +21,7 @@ from training.recipe import Part
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LITE0 = ROOT / "classifiers" / "imagenet"
+FROM_SCRATCH = ("cnn",)  # nobody has trained them
 PRETRAINED, RANDOM = "pretrained", "random"  # or the path of a state dict
 
 
@@ -65,14 +67,28 @@ def preprocessing_for(name: str, size: int, normalization: Normalization | None 
 
 def build(name: str, weights: str, classes: int, part: Part, first: str | None = None) -> Network:
     """Build a backbone with a new head for `classes`; raises Unusable where its weights cannot be had or do not fit."""
-    if weights == RANDOM or name == "cnn":
+    if weights == RANDOM:
         model = _blank(name, classes)
     else:
         model = _pretrained(name) if weights == PRETRAINED else _from_file(name, Path(weights))
         _replace_head(model, classes)
-    if weights == RANDOM:
+    if weights == RANDOM and name not in FROM_SCRATCH:
         warnings.warn(f"{name} starts from random weights: its frozen part knows nothing of images", stacklevel=2)
     return divided(model, part, first or BACKBONES[name].last_stage)
+
+
+def start_of(name: str, weights: str) -> str:
+    """Return where a backbone's weights come from: random where `pretrained` ones are asked for and there are none."""
+    return RANDOM if name in FROM_SCRATCH and weights == PRETRAINED else weights
+
+
+def check_size(model: nn.Module, size: int, name: str) -> None:
+    """Raise Unusable where a model cannot take images of `size` x `size`."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        raise Unusable(f"--size {size} is too small for {name}: {error}") from None
 
 
 def divided(model: nn.Module, part: Part, first: str) -> Network:
@@ -162,7 +178,7 @@ def _from_file(name: str, path: Path) -> nn.Module:
         state: dict[str, Tensor] = read_weights(path)
         model = _blank(name, len(state[f"{head}.weight"]))
         model.load_state_dict(state)
-    except (Refused, KeyError, RuntimeError) as error:
+    except (Refused, KeyError, TypeError, RuntimeError) as error:
         raise Unusable(f"--weights: {path.name} is no state dict of {name}: {error}") from None
     return model
 

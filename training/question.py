@@ -35,7 +35,7 @@ def find_samples(folder: Path, labels: Sequence[str]) -> list[Sample]:
     if not folder.is_dir():
         raise Refused(f"{folder} is no folder")
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    loose = _pictures(folder.iterdir())
+    loose = _pictures(folder, folder.iterdir())
     if subfolders and loose:
         raise Refused(f"{folder} holds pictures beside subfolders, such as {loose[0].name}; allowed: one or the other")
     for name in (path.name for path in subfolders):
@@ -43,17 +43,17 @@ def find_samples(folder: Path, labels: Sequence[str]) -> list[Sample]:
             near = ", ".join(get_close_matches(name, labels, NAMED, 0))
             more = f" and {len(set(labels)) - NAMED} more" if len(set(labels)) > NAMED else ""
             raise Refused(f"subfolder {shown(name)} is no label of the classifier; allowed: {near}{more}")
-    labelled = [(path, subfolder.name) for subfolder in subfolders for path in _pictures(subfolder.rglob("*"))]
+    labelled = [(path, subfolder.name) for subfolder in subfolders for path in _pictures(folder, subfolder.rglob("*"))]
     samples = [Sample(path.relative_to(folder).as_posix(), label) for path, label in (*labelled, *((p, None) for p in loose))]
     if not samples:
         raise Refused(f"{folder} holds no picture; allowed: names that end in {', '.join(sorted(SUFFIXES))}")
     return samples
 
 
-def _pictures(paths: Iterator[Path]) -> list[Path]:
-    return sorted(
-        path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _pictures(folder: Path, paths: Iterator[Path]) -> list[Path]:
+    """Return the pictures among paths below a folder; what is hidden, or lies in something hidden, is none."""
+    pictures = (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in pictures if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 @dataclass(frozen=True)

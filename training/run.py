@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from deploy.offline import readable
 from training.data import SPLITS, Data, read_folder
 from training.evaluation import Scores, evaluate
 from training.experiment import Experiment, Learnt
@@ -23,7 +24,7 @@ from training.report import write_report
 def run(experiment: Experiment) -> dict[str, Any]:
     """Run an experiment; return its metrics, which lie in the classifier's folder too. Raises Unusable."""
     began = time.perf_counter()
-    check_out(experiment.out)
+    check_out(experiment.out, experiment.folder)
     recipe, preprocessing, place = experiment.recipe, experiment.preprocessing, experiment.place
     watch = partial(place.progress.track, description="reading")
     data = read_folder(experiment.folder, preprocessing, recipe.ratio, experiment.seed, watch)
@@ -37,10 +38,10 @@ def run(experiment: Experiment) -> dict[str, Any]:
         **{split: asdict(score) for split, score in scores(learnt, data).items()},
         "epochs": [asdict(epoch) for epoch in learnt.epochs],
         **learnt.more,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - began + learnt.seconds_before,
     }
+    write_metrics(experiment.out, metrics)  # first: the folder is known as training's own by it
     export(experiment.out, learnt.model, learnt.architecture, data.classes, preprocessing, recipe.method)
-    write_metrics(experiment.out, metrics)
     write_report(experiment.out, metrics, data, learnt.model, learnt.logits["test"], preprocessing, place.device)
     return metrics
 
@@ -52,7 +53,7 @@ def described(experiment: Experiment, data: Data) -> dict[str, Any]:
         "device": str(experiment.place.device),
         "classes": data.classes,
         "images": {split: data.counts(split) for split in SPLITS},
-        "skipped": {str(path.relative_to(experiment.folder)): why for path, why in data.skipped.items()},
+        "skipped": {readable(path.relative_to(experiment.folder)): why for path, why in data.skipped.items()},
     }
 
 
