@@ -5,7 +5,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -183,8 +183,3 @@ def agreement(one: Tensor | None, other: Tensor | None) -> float | None:
     if one is None or other is None or one.shape != other.shape:
         return None
     return float(torch.cosine_similarity(one.flatten(1).double(), other.flatten(1).double(), 1).min())
-
-
-def by_name(results: Sequence[Result]) -> dict[str, Result]:
-    """Return results by their contestant."""
-    return {result.contestant: result for result in results}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import gate, growth, tables
-from bench.contest import Ready, Result, agreement, by_name, compete, contestants
+from bench.contest import Ready, Result, agreement, compete, contestants
 from bench.ours import PATH, PATHS, SENSITIVITIES, WORKS, Outcome
 from bench.server import quantile
 from bench.subjects import subject
@@ -20,6 +20,10 @@ def line(ratio, contestant="captum", **other):
         | {"contestant": contestant, "ratio": ratio, "seconds": ratio, "chunk": None, "error": None, "cosine": None}
         | other
     )
+
+
+def by_name(results):
+    return {result.contestant: result for result in results}
 
 
 def test_a_ratio_that_fell_is_named_and_noise_is_not():

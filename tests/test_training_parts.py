@@ -278,7 +278,7 @@ def test_drawn_images_are_kept_and_belong_to_their_class(tmp_path):
         (["textile", "--out", str(ROOT / "README.md" / "deeper")], "Not a directory"),
         (["textile", "--out", "/proc/nothing"], "--out: "),
         (["textile", "--out", "a name"], "'a name' is no model name"),
-        (["vegetables", "--backbone", "cnn", "--size", "4"], "--size 4 is too small for cnn"),
+        (["vegetables", "--backbone", "cnn", "--size", "4"], "--size 4: cnn cannot take such images"),
     ],
 )
 def test_a_wrong_command_is_refused_with_the_reason(tmp_path, capsys, arguments, reason):

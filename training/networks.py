@@ -88,7 +88,7 @@ def check_size(model: nn.Module, size: int, name: str) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
-        raise Unusable(f"--size {size} is too small for {name}: {error}") from None
+        raise Unusable(f"--size {size}: {name} cannot take such images: {error}") from None
 
 
 def divided(model: nn.Module, part: Part, first: str) -> Network:
