@@ -33,7 +33,7 @@ def plan(quick: bool) -> list[tuple[str, int, str]]:
 
 def _ends(network: str, batch: int, work: str) -> bool:
     if network == LITE0:
-        return batch == 1 or work not in (SMOOTHED, WITHIN, REPEATED)
+        return batch == 1 or work not in (SMOOTHED, REPEATED)
     if network == DEEP and work == REPEATED:
         return False
     return work not in ON_ONE and (batch == 1 or work not in BY_ONE)

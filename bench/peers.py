@@ -1,6 +1,7 @@
 """The peers' side: the same works by Captum, pytorch-grad-cam and zennit, called as their documentation does."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +31,22 @@ def _path(subject: Subject, chunk: int | None, steps: int = 50) -> Tensor:
 
 
 def _steps_within(subject: Subject, error: float) -> int:
-    """Return the first number of steps, 25 by 25, whose completeness error is small enough on every image."""
+    """Return the first number of steps, 25 by 25, whose completeness error is small enough."""
     for steps in range(50, 1000, 25):
         outcome = _attributed([_path(subject, 25, steps)], subject, WITHIN)
         if outcome.error is not None and outcome.error <= error:
             return steps
     raise ValueError(f"an error of {error} is not reached with 1000 steps")
+
+
+def _within(subject: Subject) -> Attribute:
+    """Return what explains image by image, each with its own number of steps, found beforehand."""
+    singles = [
+        replace(subject, images=image[None], targets=[int(target)])
+        for image, target in zip(subject.images, subject.targets, strict=True)
+    ]
+    steps = [_steps_within(single, 0.05) for single in singles]
+    return lambda _, chunk: torch.cat([_path(single, chunk, n) for single, n in zip(singles, steps, strict=True)])
 
 
 def _tunnel(subject: Subject, chunk: int | None) -> Tensor:
@@ -134,8 +145,8 @@ def captum_run(work: str, subject: Subject, chunk: int | None) -> Run:
         attribute = CAPTUM[SENSITIVITIES[work]]
         return lambda: _sensitivity(attribute, subject, chunk)
     if work == WITHIN:
-        steps = _steps_within(subject, 0.05)
-        return lambda: _attributed([_path(subject, chunk, steps)], subject, work)
+        attribute = _within(subject)
+        return lambda: _attributed([attribute(subject, chunk)], subject, work)
     works = FIVE if work == "five methods" else (work,)
     return lambda: _attributed([CAPTUM[one](subject, chunk) for one in works], subject, work)
 
