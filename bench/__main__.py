@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
+from bench.floor import FORWARD_ROWS
 from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, WITHIN, WORKS
 from bench.subjects import DEEP, LITE0, NETWORKS, subject
 from deploy import ROOT
@@ -33,7 +34,7 @@ def plan(quick: bool) -> list[tuple[str, int, str]]:
 
 def _ends(network: str, batch: int, work: str) -> bool:
     if network == LITE0:
-        return batch == 1 or work not in (SMOOTHED, REPEATED)
+        return batch == 1 or work not in (SMOOTHED, REPEATED, *FORWARD_ROWS)
     if network == DEEP and work == REPEATED:
         return False
     return work not in ON_ONE and (batch == 1 or work not in BY_ONE)
