@@ -89,10 +89,13 @@ def main() -> int:
     options = command.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     told, kept = machine.describe(options.threads), options.out / "library.json"
+    whole = plan(False)
     contests = [contest for contest in plan(options.quick) if options.only in title(*contest)]
     lines: list[dict[str, Any]] = []
     if options.only and kept.exists():  # the others stay as they were measured
-        lines = [line for line in json.loads(kept.read_text())["results"] if tables.contest_of(line) not in contests]
+        lines = [
+            line for line in json.loads(kept.read_text())["results"] if tables.contest_of(line) in set(whole) - set(contests)
+        ]
     with progress() as shown:
         bar = shown.add_task("", total=len(contests))
         for network, batch, work in contests:
@@ -102,7 +105,7 @@ def main() -> int:
             lines += record(network, batch, work, results)
             kept.write_text(json.dumps({"machine": told, "results": lines}, indent=1))
             shown.advance(bar)
-    lines.sort(key=lambda line: plan(False).index(tables.contest_of(line)))
+    lines.sort(key=lambda line: whole.index(tables.contest_of(line)))
     (options.out / "library.md").write_text(tables.markdown(told, lines))
     tables.plot(lines, options.out / "library.png")
     Console().print(tables.markdown(told, lines), markup=False)

@@ -22,6 +22,7 @@ from bench.peers import CAMS, CAPTUM, CHUNKED, CHUNKS, captum_run, grad_cam_run,
 from bench.subjects import Subject
 
 MEGABYTE = 2**20
+ENDED = "its process ended: out of memory"
 PATIENCE = 1800  # seconds that a contestant may take to get ready
 
 Given = Callable[[], Subject]  # what a process can be sent
@@ -100,11 +101,24 @@ def compete(given: Given, work: str, threads: int, repeats: int, budget: float) 
         if number >= 2 and (time.monotonic() - began) / number * (number + 1) > budget:
             break
         for result, pipe in pipes:
-            pipe.send("run")
-            result.seconds.append(_received(pipe, PATIENCE))
+            if result.ready is not None:
+                _take_turn(result, pipe)
     for _, pipe in pipes:
         pipe.close()
     return results
+
+
+def _take_turn(result: Result, pipe: Any) -> None:
+    """Let a contestant run once more; one whose process has ended takes part no longer."""
+    try:
+        pipe.send("run")
+        answer = _received(pipe, PATIENCE)
+    except OSError:
+        answer = ENDED
+    if isinstance(answer, float):
+        result.seconds.append(answer)
+    else:
+        result.ready, result.refusal = None, answer
 
 
 def _received(pipe: Any, patience: float) -> Any:
@@ -112,7 +126,7 @@ def _received(pipe: Any, patience: float) -> Any:
     try:
         return pipe.recv() if pipe.poll(patience) else f"no answer within {patience:.0f} s"
     except EOFError:
-        return "killed: out of memory"
+        return ENDED
 
 
 def _contestant(pipe: Connection, given: Given, work: str, place: int, threads: int) -> None:

@@ -1,12 +1,13 @@
 """The bench: contests that end, ratios that are told, and the gate that compares them."""
 
+import multiprocessing
 from functools import partial
 
 import pytest
 import torch
 
 from bench import gate, growth, tables
-from bench.contest import Ready, Result, agreement, compete, contestants
+from bench.contest import Ready, Result, _take_turn, agreement, compete, contestants
 from bench.ours import PATH, PATHS, SENSITIVITIES, WORKS, Outcome
 from bench.server import quantile
 from bench.subjects import subject
@@ -56,6 +57,17 @@ def test_contestants_run_in_turns_agree_and_say_why_they_cannot():
     refused = by_name(compete(partial(subject, "resnet18", 1), "deep_lift", threads=1, repeats=1, budget=60))
     assert "ReLU" in refused["captum"].refusal
     assert refused["ours"].ready.outcome.error < 1e-3
+
+
+def test_a_contestant_whose_process_ends_is_told_and_the_others_go_on():
+    mine, theirs = multiprocessing.Pipe()
+    theirs.send(1.5)
+    result = Result("captum", Ready(memory=3.0, chunk=None, outcome=Outcome(None)))
+    _take_turn(result, mine)
+    assert result.seconds == [1.5] and result.refusal is None
+    theirs.close()
+    _take_turn(result, mine)
+    assert "ended" in result.refusal and result.ready is None
 
 
 def test_maps_that_differ_in_number_have_no_agreement():
