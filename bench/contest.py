@@ -5,7 +5,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,13 +80,19 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def compete(given: Given, work: str, threads: int, repeats: int, budget: float) -> list[Result]:
-    """Run a work's contestants in turns, `repeats` rounds or as many as `budget` seconds allow (two at least)."""
+def compete(
+    given: Given, work: str, threads: int, repeats: int, budget: float, names: Collection[str] | None = None
+) -> list[Result]:
+    """Run a work's contestants in turns, all or those of `names`.
+
+    Turns end after `repeats` rounds, or as many as `budget` seconds allow, two at least.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    results = [Result(contestant.name) for contestant in contestants(work)]
+    every = [(place, Result(contestant.name)) for place, contestant in enumerate(contestants(work))]
+    chosen = [(place, result) for place, result in every if names is None or result.contestant in names]
     pipes: list[tuple[Result, Any]] = []
-    for place, result in enumerate(results):
+    for place, result in chosen:
         mine, theirs = context.Pipe()
         context.Process(target=_contestant, args=(theirs, given, work, place, threads), daemon=True).start()
         theirs.close()
@@ -105,7 +111,7 @@ def compete(given: Given, work: str, threads: int, repeats: int, budget: float) 
                 _take_turn(result, pipe)
     for _, pipe in pipes:
         pipe.close()
-    return results
+    return [result for _, result in chosen]
 
 
 def _take_turn(result: Result, pipe: Any) -> None:

@@ -14,12 +14,13 @@ from bench.subjects import subject
 from deploy import ROOT
 from deploy.offline import progress
 
-NETWORK, ROUNDS, SECONDS = "resnet18", 3, 30
+NETWORK, NAMES = "resnet18", ("ours", "captum")
+ROUNDS, SECONDS = 3, 30
 GROWTHS: dict[str, tuple[int, ...]] = {
-    "images": (1, 2, 4, 8),
-    "pixels a side": (160, 224, 320, 448),
+    "images": (1, 2, 4),
+    "pixels a side": (160, 224, 320),
     "classes": (10, 1000, 20000),
-    "steps": tuple(PATHS.values()),
+    "steps": (50, 100, 200),
 }
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         for growing, values in GROWTHS.items():
             for value in values:
                 shown.update(bar, description=f"{value} {growing}")
-                found += lines(growing, value, compete(*contest(growing, value), 1, ROUNDS, SECONDS))
+                found += lines(growing, value, compete(*contest(growing, value), 1, ROUNDS, SECONDS, NAMES))
                 shown.advance(bar)
     out = ROOT / "run" / "bench"
     out.mkdir(parents=True, exist_ok=True)
