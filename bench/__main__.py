@@ -8,8 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
 from bench.floor import FORWARD_ROWS
@@ -80,7 +78,7 @@ def main() -> int:
     """Run what the command line asks for."""
     command = argparse.ArgumentParser(prog="make bench", description=__doc__)
     command.add_argument("--quick", action="store_true", help="three contests instead of all")
-    command.add_argument("--only", default="", help="contests whose name holds this; other results stay as they are")
+    command.add_argument("--only", default="", help="contests whose name, as the bar tells it, holds this; others stay")
     command.add_argument("--threads", type=int, default=1, help="of torch, for every contestant (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
     command.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
@@ -108,7 +106,7 @@ def main() -> int:
     lines.sort(key=lambda line: whole.index(tables.contest_of(line)))
     (options.out / "library.md").write_text(tables.markdown(told, lines))
     tables.plot(lines, options.out / "library.png")
-    Console().print(tables.markdown(told, lines), markup=False)
+    print(tables.markdown(told, lines))
     if options.against is None:
         return 0
     fallen = gate.fallen(lines, json.loads(options.against.read_text())["results"])

@@ -188,15 +188,16 @@ def explaining_clients(server: Server, name: str, fields: dict[str, str], client
     def client() -> None:
         with httpx.Client(timeout=600) as own:
             while not over.is_set():
-                ask(own)
+                ask(own).raise_for_status()
 
     with ThreadPoolExecutor(max(1, clients)) as pool:
-        for _ in range(clients):
-            pool.submit(client)
+        asking_clients = [pool.submit(client) for _ in range(clients)]
         try:
             yield
         finally:
             over.set()
+        for future in asking_clients:
+            future.result()  # a load that failed is no load
 
 
 LAYOUTS = {  # registrations, who predicts, who explains, torch's threads

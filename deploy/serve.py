@@ -233,8 +233,8 @@ def ensure_archive(name: str, store: Path) -> None:
 
 
 def announcement(server: Server) -> str:
-    """Say where the server is, and three requests that work as they stand."""
-    name, photo, inference = server.names[0], photo_path(), server.inference
+    """Say where the server is, and three requests that work as they stand; explanations are asked of the last name."""
+    name, explaining, photo, inference = server.names[0], server.names[-1], photo_path(), server.inference
     keys = server.authorization()
     key = "".join(f"-H '{header}: {value}' " for header, value in keys.items())
     off = "Token authorization is off, for this machine alone; config.properties has it on."
@@ -242,12 +242,12 @@ def announcement(server: Server) -> str:
 {", ".join(server.names)} answers. {f"Keys are in {server.run / 'key_file.json'}." if keys else off}
 
   predictions   {inference}/predictions/{name}
-  explanations  {inference}/explanations/{name}   (a browser gets a page to try it)
+  explanations  {inference}/explanations/{explaining}   (a browser gets a page to try it)
   management    {server.management}   metrics {server.metrics}/metrics   gRPC {server.grpc}
 
   curl {key}-F data=@{photo} {inference}/predictions/{name}
-  curl {key}-F data=@{photo} {inference}/explanations/{name}
-  curl {key}-F data=@{photo} -F method=all -F output=png -o why.png {inference}/explanations/{name}
+  curl {key}-F data=@{photo} {inference}/explanations/{explaining}
+  curl {key}-F data=@{photo} -F method=all -F output=png -o why.png {inference}/explanations/{explaining}
 
 Logs are in {server.run}. Ctrl-C stops it, and so does 'kill {os.getpid()}'.
 """

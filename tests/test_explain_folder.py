@@ -73,7 +73,8 @@ def passes(monkeypatch):
 def command(store, data, out, *more):
     parser = argparse.ArgumentParser()
     explain.add_parser(parser.add_subparsers(required=True))
-    given = ["explain", "small", "--store", store, "--data", data, "--out", out, "--set", "steps=4", *more]
+    usual = ["--methods", ",".join(METHODS), "--set", "steps=4"]  # of two --methods the later counts
+    given = ["explain", "small", "--store", store, "--data", data, "--out", out, *usual, *more]
     options = parser.parse_args(list(map(str, given)))
     return options.carry_out(options)
 
@@ -352,3 +353,7 @@ def test_a_broken_archive_is_told(store, labelled, tmp_path, capsys):
     (tmp_path / "store" / whole.name).write_bytes(whole.read_bytes()[:1000])
     assert command(tmp_path / "store", labelled, tmp_path / "out") == 1
     assert "is no archive" in capsys.readouterr().err
+
+
+def test_without_methods_the_archives_own_explains(store):
+    assert list(question.ask(load_archive("small", store), None, "predicted", {}).methods) == ["integrated_gradients"]

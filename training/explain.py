@@ -196,7 +196,7 @@ def add_parser(subparsers: Any) -> None:
     command = subparsers.add_parser("explain", help="explain every picture of a folder", description=__doc__)
     command.add_argument("name", help="the classifier: a folder of classifiers/, or an archive of the store")
     command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
-    command.add_argument("--methods", default="grad_cam,integrated_gradients", help="names, or all (default: %(default)s)")
+    command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
     command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
     command.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
     command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")

@@ -83,7 +83,7 @@ class Question:
         return Job(self.methods[name], case, asked.smoother())
 
 
-def ask(archive: Archive, methods: str, target: str, given: Mapping[str, str]) -> Question:
+def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str]) -> Question:
     """Read the methods' names and `given` parameters as the server does, the archive's defaults beneath.
 
     Raises Refused, ClientError or Unsupported, naming what is allowed.
@@ -91,7 +91,7 @@ def ask(archive: Archive, methods: str, target: str, given: Mapping[str, str]) -
     allowed = [name for name in Parameters.model_fields if name not in APART]
     if unknown := [name for name in given if name not in allowed]:
         raise Refused(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
-    parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods}, given)
+    parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
     chosen: dict[str, Method] = {}
     for name in Capabilities(archive.classifier).choose(parameters.method, parameters.score):
         for method in (several := parameters.methods(name)):
