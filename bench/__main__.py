@@ -11,12 +11,11 @@ from typing import Any
 from bench import gate, machine, tables
 from bench.contest import Result, agreement, compete
 from bench.floor import FORWARD_ROWS
-from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, WITHIN, WORKS
+from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, SMOOTHED, WITHIN, WORKS
 from bench.subjects import DEEP, LITE0, NETWORKS, subject
 from deploy import ROOT
 from deploy.offline import progress
 
-SMOOTHED = "integrated_gradients, 20 steps x 10 noisy copies"
 ON_ONE = {"occlusion", "lime", "kernel_shap", "five methods", SMOOTHED}  # on the smallest network alone
 BY_ONE = {PATH, WITHIN, "gradient_shap", SMOOTHED, REPEATED}  # a batch of them takes minutes a round
 
@@ -83,7 +82,7 @@ def main() -> int:
     command.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
     command.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
     command.add_argument("--out", type=Path, default=ROOT / "run" / "bench", help="where the results go (default: run/bench)")
-    command.add_argument("--against", type=Path, help="a results.json that no ratio may fall far below")
+    command.add_argument("--against", type=Path, help="a library.json that no ratio may fall far below")
     options = command.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     told, kept = machine.describe(options.threads), options.out / "library.json"

@@ -3,13 +3,13 @@
 import torch
 
 from attribution.methods.perturbation import Occlusion
-from bench.ours import PATHS, Outcome, Run
+from bench.ours import PATHS, SMOOTHED, Outcome, Run
 from bench.subjects import Subject
 
 PACKS = (8, 16, 25)  # rows a pass that are tried
 GRADIENT_ROWS = {
     **PATHS,
-    "integrated_gradients, 20 steps x 10 noisy copies": 200,
+    SMOOTHED: 200,
     "gradient_shap": 50,
     "saliency": 1,
 }

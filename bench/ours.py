@@ -33,13 +33,13 @@ FIVE: tuple[Method, ...] = (
     GradientShap(samples=50),
     *(METHODS[name]() for name in ("saliency", "grad_cam", "guided_backprop")),
 )
-SMOOTHED = (IntegratedGradients(steps=20), Smoothing(Kind.SMOOTHGRAD, 10, 0.15))
+SMOOTHED = "integrated_gradients, 20 steps x 10 noisy copies"
 PATHS = {f"integrated_gradients, {steps} steps": steps for steps in (25, 50, 100, 200)}
 PATH = "integrated_gradients, 50 steps"
 WITHIN = "integrated_gradients, error at most 5 %"
 WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
     **{work: ((IntegratedGradients(steps=steps), None),) for work, steps in PATHS.items()},
-    "integrated_gradients, 20 steps x 10 noisy copies": (SMOOTHED,),
+    SMOOTHED: ((IntegratedGradients(steps=20), Smoothing(Kind.SMOOTHGRAD, 10, 0.15)),),
     WITHIN: ((IntegratedGradients(max_error=0.05), None),),
     "five methods": tuple((method, None) for method in FIVE),
     **{
@@ -51,7 +51,7 @@ WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
     },
 }
 SENSITIVITIES = {f"max sensitivity of {work}": work for work in ("saliency", "grad_cam", "integrated_gradients, 25 steps")}
-REPEATED = "max sensitivity of integrated_gradients, 25 steps"
+REPEATED = "max sensitivity of integrated_gradients, 25 steps"  # the dearest
 
 
 def prepare(work: str, subject: Subject, _chunk: int | None) -> Run:

@@ -17,7 +17,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 from zennit.torchvision import ResNetCanonizer
 
-from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, WITHIN, Outcome, Run
+from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, SMOOTHED, WITHIN, Outcome, Run
 from bench.subjects import Subject
 
 # Captum's attributions [n, channels, H, W] of a subject, `chunk` rows a pass (None: its default).
@@ -119,7 +119,7 @@ def _surrogate(method: type, subject: Subject, chunk: int | None) -> Tensor:
 
 CAPTUM: dict[str, Attribute] = {
     **{work: partial(_path, steps=steps) for work, steps in PATHS.items()},
-    "integrated_gradients, 20 steps x 10 noisy copies": _tunnel,
+    SMOOTHED: _tunnel,
     "gradient_shap": _shap,
     "saliency": partial(_simple, captum.Saliency),
     "input_x_gradient": partial(_simple, captum.InputXGradient),
@@ -134,7 +134,7 @@ CAPTUM: dict[str, Attribute] = {
 }
 FIVE = (PATH, "gradient_shap", "saliency", "grad_cam", "guided_backprop")
 CHUNKS = (5, 10, 25)  # rows a pass that are tried where there is a setting for them
-CHUNKED = {*PATHS, "integrated_gradients, 20 steps x 10 noisy copies", "five methods"}
+CHUNKED = {*PATHS, SMOOTHED, "five methods"}
 CHUNKED |= {"occlusion", "lime", "kernel_shap", WITHIN, REPEATED}
 CAMS = {"grad_cam": GradCAM, "grad_cam_plus_plus": GradCAMPlusPlus, "layer_cam": LayerCAM}
 

@@ -21,10 +21,9 @@ from scipy.ndimage import gaussian_filter
 
 from attribution.engine import Engine
 from attribution.job import Job
-from attribution.methods import Case, Method, Smoothing
+from attribution.methods import Case
 from attribution.methods.cam import GradCam, LayerCam
-from attribution.methods.gradient import Saliency, Sensitivity
-from attribution.methods.noise import Kind
+from attribution.methods.gradient import Sensitivity
 from attribution.methods.path import IntegratedGradients
 from attribution.methods.perturbation import Occlusion
 from attribution.methods.relevance import BiasedLayer
@@ -35,6 +34,7 @@ from serving.images import Picture, read_picture
 from serving.pictures import Cell, Map, Scale, contact_sheet, draw_overlay
 from serving.settings import Preprocessing
 from study.measure import PACK
+from study.techniques import SMOOTHED, Technique
 from training.data import PIXELS, Data, read_folder
 from training.recipe import read_recipe
 from training.report import explain
@@ -48,24 +48,15 @@ SHOWN = 4
 NATIVE = 250  # pixels of an image's side
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to explain that is compared."""
-
-    name: str
-    method: Method
-    smoothing: Smoothing | None = None
-
-
 WAYS = (
-    Way("grad_cam", GradCam()),
-    Way("grad_cam features.11", GradCam(layer="features.11")),
-    Way("layer_cam features.8", LayerCam(layer="features.8")),
-    Way("integrated_gradients", IntegratedGradients()),
-    Way("sensitivity", Sensitivity()),
-    Way("saliency smoothgrad", Saliency(), Smoothing(Kind.SMOOTHGRAD)),
-    Way("biased_layer", BiasedLayer()),
-    Way("occlusion", Occlusion()),
+    Technique("grad_cam", GradCam()),
+    Technique("grad_cam features.11", GradCam(layer="features.11")),
+    Technique("layer_cam features.8", LayerCam(layer="features.8")),
+    Technique("integrated_gradients", IntegratedGradients()),
+    Technique("sensitivity", Sensitivity()),
+    SMOOTHED,
+    Technique("biased_layer", BiasedLayer()),
+    Technique("occlusion", Occlusion()),
 )
 
 
