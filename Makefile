@@ -1,22 +1,22 @@
 # The commands of the README. PYTHON names the interpreter that the virtual environment is made with.
 PYTHON ?= python3
 NAME ?= imagenet
-RUN := .venv/bin/python
+RUN := PYTHONPATH=handlers .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
 .PHONY: serve test demo study bench bench-growth bench-serve support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
-	@$(RUN) -m deploy.serve $(NAME)
+	@$(RUN) -m torchserve_explain.servers.torchserve $(NAME)
 
 test: setup  ## run all tests, a live server among them
 	@$(RUN) -m pytest
 
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
-	@$(RUN) -m deploy.demo
+	@$(RUN) -m torchserve_explain.demo
 
 support: setup  ## write the README's table of architectures anew
-	@PYTHONPATH=handlers:tests $(RUN) -m support
+	@PYTHONPATH=handlers:tests .venv/bin/python -m support
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
 	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))

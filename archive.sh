@@ -7,4 +7,4 @@ python=$here/.venv/bin/python
 from importlib.util import find_spec
 assert all(map(find_spec, ('torch', 'torchvision', 'model_archiver')))" 2>/dev/null || {
     echo "archive.sh: $python lacks the requirements; run 'make setup' first" >&2; exit 1; }
-PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m deploy.archive "$@"
+PYTHONPATH=$here/handlers${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m torchserve_explain.archiver "$@"

@@ -1,3 +1,1 @@
 """Side by side: the engine and its peers on the same work, in one run, as ratios."""
-
-import deploy  # noqa: F401 (puts handlers/ on the path)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.memory import keep_freed_memory
 from bench import ours
 from bench.floor import FORWARD_ROWS, GRADIENT_ROWS, PACKS, floor_run
 from bench.ours import Outcome, Run
 from bench.peers import CAMS, CAPTUM, CHUNKED, CHUNKS, captum_run, grad_cam_run, zennit_run
 from bench.subjects import Subject
+from torchserve_explain.attribution.memory import keep_freed_memory
 
 MEGABYTE = 2**20
 ENDED = "its process ended: out of memory"

@@ -2,9 +2,9 @@
 
 import torch
 
-from attribution.methods.perturbation import Occlusion
 from bench.ours import PATHS, SMOOTHED, Outcome, Run
 from bench.subjects import Subject
+from torchserve_explain.attribution.methods.perturbation import Occlusion
 
 PACKS = (8, 16, 25)  # rows a pass that are tried
 GRADIENT_ROWS = {

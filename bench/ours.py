@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import METHODS, Case, Method, Smoothing
-from attribution.methods.noise import Kind
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.quality import MaxSensitivity, Measurement
 from bench.subjects import Subject
-from serving.settings import Limits
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.quality import MaxSensitivity, Measurement
+from torchserve_explain.serving.settings import Limits
 
 
 @dataclass(frozen=True)

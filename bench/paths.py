@@ -8,17 +8,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.memory import keep_freed_memory
-from attribution.methods import Case
-from attribution.methods.path import IntegratedGradients
 from bench.subjects import LITE0, network
-from deploy import ROOT
-from deploy.offline import progress
-from serving.settings import Limits
 from study.__main__ import pictures
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.path import IntegratedGradients
+from torchserve_explain.offline import progress
+from torchserve_explain.paths import ROOT
+from torchserve_explain.serving.settings import Limits
 
 ERRORS = (0.05, 0.01)
 STEPS = (50, 100, 125, 150, 175, 200, 300, 500)  # of the uniform path, chosen before the photo is seen

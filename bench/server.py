@@ -20,11 +20,11 @@ import torch
 from bench import machine, tables
 from bench.stock import build_stock
 from bench.subjects import LITE0, network
-from deploy import ROOT
-from deploy.archive import build_archive, parser
-from deploy.offline import progress
-from deploy.photo import photo_path
-from deploy.serve import Server, free_ports, serving
+from torchserve_explain.archiver import build_archive, parser
+from torchserve_explain.offline import progress
+from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import photo_path
+from torchserve_explain.servers.torchserve import Server, free_ports, serving
 
 STEPS = 15  # of the stock handler's Integrated Gradients
 # The stock handler wants one class in its model file; what that stands on travels beside it.

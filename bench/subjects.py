@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from attribution.classifier import Classifier
-from deploy import ROOT
-from deploy.serve import ensure_archive
-from serving.loading import MODEL, WEIGHTS, build_network
-from serving.settings import Preprocessing
 from study.__main__ import pictures
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.loading import MODEL, WEIGHTS, build_network
+from torchserve_explain.paths import ROOT
+from torchserve_explain.servers.torchserve import ensure_archive
+from torchserve_explain.serving.settings import Preprocessing
 
 LITE0 = "efficientnet_lite0"
 DEEP = "resnet50"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from ts.metrics.metric_type_enum import MetricTypes
 
-from attribution.memory import keep_freed_memory
-from serving.loading import load_classifier
-from serving.service import Exchange, Row, Service
-from serving.settings import read_settings
+from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.loading import load_classifier
+from torchserve_explain.serving.service import Exchange, Row, Service
+from torchserve_explain.serving.settings import read_settings
 
 log = logging.getLogger(__name__)
 

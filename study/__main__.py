@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from deploy import ROOT
-from deploy.archive import Refused
-from deploy.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records, write_records
-from deploy.photo import photo_path
-from serving.images import Picture, read_picture
-from serving.settings import Preprocessing
 from study.measure import PACK, Photo, Settings, make_grids, measure_grid, measure_photo, read_photo
 from study.tables import markdown, montage, write_csv
 from study.techniques import Technique, techniques
+from torchserve_explain.archiver import Refused
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records, write_records
+from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import photo_path
+from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.settings import Preprocessing
 
 PACKAGED = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")  # photos of scikit-image
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.quality import Deletion, Infidelity, Insertion, MaxSensitivity, Measurement, Quality
 from study.techniques import Technique
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.quality import Deletion, Infidelity, Insertion, MaxSensitivity, Measurement, Quality
 
 PACK = 16
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from attribution.classifier import Classifier
-from attribution.methods import METHODS, Method, Smoothing
-from attribution.methods.gradient import Saliency
-from attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from attribution.methods.lrp import LayerwiseRelevance
-from attribution.methods.noise import Kind
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.methods.perturbation import Occlusion
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
+from torchserve_explain.attribution.methods.gradient import Saliency
+from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
+from torchserve_explain.attribution.methods.lrp import LayerwiseRelevance
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.perturbation import Occlusion
+from torchserve_explain.attribution.methods.smoothing import Kind
 
 COPIES = 4  # of the smoothed techniques
 

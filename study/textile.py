@@ -19,22 +19,22 @@ from rich.console import Console
 from rich.progress import track
 from scipy.ndimage import gaussian_filter
 
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.methods.cam import GradCam, LayerCam
-from attribution.methods.gradient import Sensitivity
-from attribution.methods.path import IntegratedGradients
-from attribution.methods.perturbation import Occlusion
-from attribution.methods.relevance import BiasedLayer
-from deploy import ROOT
-from deploy.archive import Refused
-from deploy.offline import load_archive
-from serving.images import Picture, read_picture
-from serving.pictures import Cell, Map, Scale, contact_sheet, draw_overlay
-from serving.settings import Preprocessing
 from study.measure import PACK
 from study.techniques import SMOOTHED, Technique
+from torchserve_explain.archiver import Refused
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
+from torchserve_explain.attribution.methods.cam import GradCam, LayerCam
+from torchserve_explain.attribution.methods.gradient import Sensitivity
+from torchserve_explain.attribution.methods.path import IntegratedGradients
+from torchserve_explain.attribution.methods.perturbation import Occlusion
+from torchserve_explain.offline import load_archive
+from torchserve_explain.paths import ROOT
+from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.pictures import Cell, Map, Scale, contact_sheet, draw_overlay
+from torchserve_explain.serving.settings import Preprocessing
 from training.data import PIXELS, Data, read_folder
 from training.recipe import read_recipe
 from training.report import explain

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from attribution.classifier import Classifier, Normalization
+from torchserve_explain.attribution.classifier import Classifier, Normalization
 
 # Several threads wait for each other where other processes have the cores.
 torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def lite0():
 
 @pytest.fixture(scope="session")
 def photo():
-    from deploy.photo import photo_path
+    from torchserve_explain.photo import photo_path
 
     return photo_path().read_bytes()
 

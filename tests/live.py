@@ -13,8 +13,8 @@ import ts
 from PIL import Image
 
 from bench.stock import build_stock as archive_stock
-from deploy.archive import build_archive, parser
-from deploy.serve import free_ports, serving
+from torchserve_explain.archiver import build_archive, parser
+from torchserve_explain.servers.torchserve import free_ports, serving
 
 # A network of TorchServe's own convention: model.py defines one class that is made without arguments.
 SMALL_MODEL = """

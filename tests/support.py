@@ -12,8 +12,8 @@ from conftest import NORMALIZATION, ROOT, SmallCnn
 from torch import nn
 from torchvision.models import get_model
 
-from attribution.classifier import Classifier
-from attribution.methods import METHODS
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.methods import METHODS
 
 CLASSES = 6
 README = ROOT / "README.md"

@@ -5,15 +5,15 @@ import torch
 from conftest import NORMALIZATION
 from support import ARCHITECTURES, CLASSES, row, trained_like, written
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine, Finished
-from attribution.job import Job
-from attribution.methods import METHODS, Case, Smoothing
-from attribution.methods.cam import GradCam, LayerCam
-from attribution.methods.gradient import Saliency
-from attribution.methods.noise import Kind
-from attribution.methods.regions import Xrai
-from attribution.rows import Score
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Case, Smoothing
+from torchserve_explain.attribution.methods.cam import GradCam, LayerCam
+from torchserve_explain.attribution.methods.gradient import Saliency
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.xrai import Xrai
+from torchserve_explain.attribution.rows import Score
 
 SAMPLES = 6
 RECTIFIED = {METHODS[n] for n in ("grad_cam", "grad_cam_plus_plus", "layer_cam", "score_cam", "guided_grad_cam")}

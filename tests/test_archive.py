@@ -16,9 +16,9 @@ from conftest import ROOT, small_cnn
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from deploy.archive import Refused, build_archive, parser
-from serving.loading import build_network, load_classifier, read_labels
-from serving.settings import read_settings
+from torchserve_explain.archiver import Refused, build_archive, parser
+from torchserve_explain.loading import build_network, load_classifier, read_labels
+from torchserve_explain.serving.settings import read_settings
 
 CONFIG = {"preprocessing": {"resize": [32, 32], "crop": None}}
 ARCHITECTURE = "mobilenet_v3_small"

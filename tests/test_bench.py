@@ -11,7 +11,7 @@ from bench.contest import Ready, Result, _take_turn, agreement, compete, contest
 from bench.ours import PATH, PATHS, SENSITIVITIES, WORKS, Outcome
 from bench.server import quantile
 from bench.subjects import subject
-from deploy.serve import registered
+from torchserve_explain.servers.torchserve import registered
 
 
 def line(ratio, contestant="captum", **other):

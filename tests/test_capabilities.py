@@ -9,13 +9,13 @@ import re
 import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
 
-from attribution.classifier import Classifier
-from attribution.methods import METHODS
-from attribution.quality import QUALITIES
-from serving.page import sample, try_it_page
-from serving.parameters import Labels, Parameters
-from serving.planning import Planner
-from serving.settings import Explanations
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.attribution.quality import QUALITIES
+from torchserve_explain.serving.page import sample, try_it_page
+from torchserve_explain.serving.parameters import Labels, Parameters
+from torchserve_explain.serving.planning import Planner
+from torchserve_explain.serving.settings import Explanations
 
 
 def report(defaults=None, classifier=None):

@@ -6,14 +6,14 @@ from conftest import NORMALIZATION, SIZE, small_cnn
 from torch import nn
 from torchvision.models import get_model
 
-from attribution.classifier import Classifier, Normalization
-from attribution.errors import Unsupported
-from attribution.folding import fold_layers
-from attribution.layers import find_spatial_layers
-from attribution.methods.guided import GuidedRelus
-from attribution.methods.lrp import Composite, Relevance
-from attribution.rows import Score
-from serving.parameters import Capabilities
+from torchserve_explain.attribution.classifier import Classifier, Normalization
+from torchserve_explain.attribution.errors import Unsupported
+from torchserve_explain.attribution.fusion import fold_layers
+from torchserve_explain.attribution.layers import find_spatial_layers
+from torchserve_explain.attribution.methods.guided import GuidedRelus
+from torchserve_explain.attribution.methods.lrp import Composite, Relevance
+from torchserve_explain.attribution.rows import Score
+from torchserve_explain.serving.parameters import Capabilities
 
 
 def test_folding_keeps_the_logits_and_removes_the_norms(model, image):
@@ -284,7 +284,7 @@ def test_folding_that_changes_the_answer_is_undone(monkeypatch):
         model.head.weight += 1
         return 3
 
-    monkeypatch.setattr("attribution.classifier.fold_layers", broken)
+    monkeypatch.setattr("torchserve_explain.attribution.classifier.fold_layers", broken)
     model = Answering(lambda m, x: m.layers[0](x), nn.Conv2d(3, 6, 3))
     classifier = Classifier(model, NORMALIZATION, (16, 16))
     x = torch.randn(1, 3, 16, 16)

@@ -6,12 +6,12 @@ from captum.attr import DeepLift as CaptumDeepLift
 from conftest import NORMALIZATION, SIZE
 from torch import nn
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.methods.baselines import Baseline
-from attribution.methods.deep_lift import DeepLift
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.deep_lift import DeepLift
 
 TARGET = 2
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
-from attribution.job import Job
-from attribution.methods import METHODS, Attribution, Case, Method, Smoothing
-from attribution.methods.baselines import Baseline
-from attribution.methods.cam import GradCam
-from attribution.methods.gradient import Sensitivity
-from attribution.methods.noise import Kind
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.methods.relevance import BiasedLayer, Reduction
-from attribution.rows import Score
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Method, Smoothing
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, Reduction
+from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.gradient import Sensitivity
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.rows import Score
 
 
 def state_of(module):
@@ -44,7 +44,7 @@ def mixed_jobs(classifier):
     methods += [IntegratedGradients(steps=7, baseline=Baseline.BLUR), BiasedLayer(0.1, Reduction.RELEVANCE), GradCam("stem")]
     jobs = []
     for number, method in enumerate(methods):
-        score = Score.PROBABILITY if number % 3 == 2 else Score.LOGIT
+        score = Score.PROBABILITY if number % 3 == 2 and method.explains_probability else Score.LOGIT
         image = images[number % 3]
         logits = classifier.logits(image[None])[0]
         known = float((logits if score is Score.LOGIT else logits.softmax(0))[number % 5])

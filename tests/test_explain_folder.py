@@ -10,15 +10,15 @@ import pytest
 import torch
 from live import SMALL_LABELS, build_small, picture
 
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods.cam import GradCam
-from deploy.offline import load_archive, read_records
-from serving.images import read_picture
-from serving.parameters import Capabilities
-from training import explain, question
-from training.gallery import Group, Shot, group, mean_map
-from training.question import find_samples
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.gallery import explain, question
+from torchserve_explain.gallery.pages import Group, Shot, group, mean_map
+from torchserve_explain.gallery.question import find_samples
+from torchserve_explain.offline import load_archive, read_records
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.parameters import Capabilities
 
 METHODS = ["grad_cam", "integrated_gradients"]
 CLASSES = ("ant", "cat", "new york, ny")  # two classes are called cat

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from serving.errors import ClientError
-from serving.images import FORMATS, read_picture
-from serving.settings import Preprocessing
+from torchserve_explain.serving.errors import ClientError
+from torchserve_explain.serving.images import FORMATS, read_picture
+from torchserve_explain.serving.settings import Preprocessing
 
 PIXELS = 1_000_000
 SMALL = Preprocessing(resize=16, crop=16)

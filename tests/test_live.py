@@ -13,9 +13,9 @@ import pytest
 from live import build_small, build_stock, grpc_modules, picture, served
 from PIL import Image
 
-from attribution.methods import METHODS
-from attribution.quality import QUALITIES
-from deploy.serve import Failed, free_ports, serving
+from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.attribution.quality import QUALITIES
+from torchserve_explain.servers.torchserve import Failed, free_ports, serving
 
 IMAGE = picture()
 

@@ -11,12 +11,12 @@ from zennit.attribution import Gradient
 from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.methods.lrp import Composite, LayerwiseRelevance
-from attribution.rows import Score
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.lrp import Composite, LayerwiseRelevance
+from torchserve_explain.attribution.rows import Score
 
 SIZE, TARGET = (64, 64), 3
 

@@ -7,19 +7,19 @@ import torch
 from conftest import NORMALIZATION, SIZE
 from torch import nn
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import METHODS, Case, Smoothing
-from attribution.methods.baselines import Baseline
-from attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam, ScoreCam
-from attribution.methods.gradient import Sensitivity
-from attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from attribution.methods.noise import Kind, Moments
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.methods.perturbation import Occlusion, Rise, random_mask
-from attribution.methods.relevance import BiasedLayer, BiasedLayers, Reduction
-from attribution.rows import Score
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Case, Smoothing
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
+from torchserve_explain.attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam, ScoreCam
+from torchserve_explain.attribution.methods.gradient import Sensitivity
+from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
+from torchserve_explain.attribution.methods.smoothing import Kind, Moments
+from torchserve_explain.attribution.rows import Score
 
 METHOD_CASES = [pytest.param(method(), id=name) for name, method in METHODS.items()]
 GRADIENT_METHODS = [Sensitivity(), BiasedLayer(), IntegratedGradients(), IntegratedGradients(steps=4), GradientShap(samples=4)]

@@ -29,7 +29,7 @@ from browser import (
 from live import SMALL_LABELS
 from PIL import Image
 
-from serving.page import try_it_page
+from torchserve_explain.serving.page import try_it_page
 
 __all__ = ["chromium", "opened", "server"]  # fixtures
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attribution.classifier import Classifier, Normalization
-from attribution.methods import METHODS, Smoothing
-from attribution.methods.noise import Kind
-from serving.colormaps import COLORMAPS
-from serving.errors import ClientError
-from serving.parameters import Capabilities, Labels, Parameters, read_parameters
+from torchserve_explain.attribution.classifier import Classifier, Normalization
+from torchserve_explain.attribution.methods import METHODS, Smoothing
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.serving.colormaps import COLORMAPS
+from torchserve_explain.serving.errors import ClientError
+from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters, read_parameters
 
 FIELDS = Parameters.model_fields
 

@@ -10,13 +10,13 @@ from conftest import ROOT
 from PIL import Image
 from torchvision import transforms
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.methods.path import IntegratedGradients
-from serving.images import read_picture
-from serving.settings import read_settings
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.path import IntegratedGradients
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.settings import read_settings
 
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 pytestmark = pytest.mark.skipif(not PHOTOS.exists(), reason="there is no folder of photos beside the checkout")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from serving.colormaps import COLORMAPS, DIVERGING, DIVERGING_DEFAULT, SEQUENTIAL_DEFAULT, table
-from serving.pictures import (
+from torchserve_explain.serving.colormaps import COLORMAPS, DIVERGING, DIVERGING_DEFAULT, SEQUENTIAL_DEFAULT, table
+from torchserve_explain.serving.pictures import (
     INK,
     LARGEST_SIDE,
     PAPER,

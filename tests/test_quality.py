@@ -7,17 +7,17 @@ from captum.metrics import infidelity, sensitivity_max
 from conftest import NORMALIZATION, SIZE
 from torch import nn
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.errors import AttributionError
-from attribution.job import Job
-from attribution.methods import METHODS, Attribution, Case, Smoothing
-from attribution.methods.baselines import Baseline
-from attribution.methods.cam import GradCam
-from attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
-from attribution.methods.noise import Kind
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.quality import QUALITIES, Deletion, Infidelity, Insertion, MaxSensitivity, Measurement
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.errors import AttributionError
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Smoothing
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.quality import QUALITIES, Deletion, Infidelity, Insertion, MaxSensitivity, Measurement
 
 TARGET = 1
 

@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT
 from live import served
 
-from attribution.methods import METHODS
-from deploy.archive import build_archive, parser
-from deploy.photo import photo_path
-from serving.parameters import Parameters
+from torchserve_explain.archiver import build_archive, parser
+from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.photo import photo_path
+from torchserve_explain.serving.parameters import Parameters
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)

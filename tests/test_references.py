@@ -15,18 +15,18 @@ from captum.attr import Saliency as CaptumSaliency
 from conftest import NORMALIZATION, ROOT, SIZE
 from torch import nn
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case, Smoothing
-from attribution.methods.cam import GradCam
-from attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
-from attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from attribution.methods.noise import Kind
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.methods.perturbation import Occlusion
-from serving.images import read_picture
-from serving.settings import read_settings
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case, Smoothing
+from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
+from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.perturbation import Occlusion
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.settings import read_settings
 
 TARGET = 3
 

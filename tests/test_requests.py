@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.errors import ClientError, bad_request
-from serving.parameters import read_parameters
-from serving.requests import Instance, Protocol, Request, read_request
+from torchserve_explain.serving.errors import ClientError, bad_request
+from torchserve_explain.serving.parameters import read_parameters
+from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 
 IMAGE = b"\x89PNG any bytes \xff\x00"
 TEXT = base64.b64encode(IMAGE).decode()

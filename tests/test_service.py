@@ -8,9 +8,9 @@ import torch
 from conftest import small_cnn
 from live import picture
 
-from attribution.classifier import Classifier
-from serving.service import Row, Service
-from serving.settings import Settings
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.serving.service import Row, Service
+from torchserve_explain.serving.settings import Settings
 
 CONFIG = {
     "classifier": {"architecture": "model.py"},
@@ -32,7 +32,7 @@ def statuses(service, monkeypatch, times, rows):
     """Answer rows on a clock that shows `times`, and then the last of them for ever."""
     clock = iter(times)
     last = times[-1]
-    monkeypatch.setattr("serving.service.time.monotonic", lambda: next(clock, last))
+    monkeypatch.setattr("torchserve_explain.serving.service.time.monotonic", lambda: next(clock, last))
     return [exchange.answer.status for exchange in service.answer(rows)]
 
 
@@ -49,7 +49,7 @@ def test_answers_that_would_come_after_the_worker_is_killed_are_not_drawn(servic
 
 
 def test_a_fault_of_ours_is_told_without_its_details(service, monkeypatch):
-    monkeypatch.setattr("serving.service.Told", lambda *_: 1 / 0)
+    monkeypatch.setattr("torchserve_explain.serving.service.Told", lambda *_: 1 / 0)
     failed, fine = (exchange.answer for exchange in service.answer([EXPLANATION, PREDICTION]))
     assert failed.status == 500 and b"log" in failed.body and b"division" not in failed.body
     assert fine.status == 200

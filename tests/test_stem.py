@@ -6,14 +6,14 @@ from conftest import NORMALIZATION, SIZE, SmallCnn
 from torch import nn
 from torchvision.models import get_model
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.methods.gradient import Saliency
-from attribution.methods.path import GradientShap, IntegratedGradients
-from attribution.rows import Score
-from attribution.stem import find_stem
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.gradient import Saliency
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.stem import find_stem
 
 
 class Padded(nn.Module):

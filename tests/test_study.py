@@ -9,12 +9,12 @@ import torch
 from conftest import NORMALIZATION
 from PIL import Image
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
 from study.__main__ import Records, run
 from study.measure import PACK, Settings, make_grids, read_photo, share_in_cell
 from study.tables import COLUMNS, markdown, medians, montage, write_csv
 from study.techniques import EIGHT, techniques
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
 
 SIDE = 32
 

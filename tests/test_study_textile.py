@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from scipy.signal import lfilter
 
-from serving.images import read_picture
-from serving.pictures import png
-from serving.settings import Preprocessing
 from study.textile import RADIUS, Weave, point
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.pictures import png
+from torchserve_explain.serving.settings import Preprocessing
 
 PREPROCESSING = Preprocessing(resize=128, crop=128)
 

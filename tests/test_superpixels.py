@@ -13,14 +13,13 @@ from conftest import NORMALIZATION, SIZE
 from saliency.core import XRAI as PairXrai  # noqa: N811
 from saliency.core import XRAIParameters
 
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import Case
-from attribution.methods.baselines import Baseline
-from attribution.methods.method import Draw
-from attribution.methods.path import IntegratedGradients
-from attribution.methods.regions import Xrai, gathered, segments
-from attribution.methods.superpixels import (
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.method import Draw
+from torchserve_explain.attribution.methods.path import IntegratedGradients
+from torchserve_explain.attribution.methods.superpixels import (
     KernelShap,
     Lime,
     Superpixels,
@@ -28,6 +27,7 @@ from attribution.methods.superpixels import (
     shapley_coalitions,
     shapley_values,
 )
+from torchserve_explain.attribution.methods.xrai import Xrai, gathered, segments
 
 TARGET = 3
 

@@ -11,15 +11,15 @@ from patches import COLOURS, patched, times_by_chance, write_folder
 from safetensors.torch import load_file
 
 import training  # noqa: F401
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import METHODS, Case
-from deploy.archive import build_archive, parser
-from serving.images import read_picture
-from serving.loading import build_network
-from serving.pictures import png
-from serving.settings import read_settings
+from torchserve_explain.archiver import build_archive, parser
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Case
+from torchserve_explain.loading import build_network
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.pictures import png
+from torchserve_explain.serving.settings import read_settings
 from training.__main__ import main
 from training.architectures.cnn import Cnn
 from training.data import read_folder

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision import transforms
 
 import training  # noqa: F401
-from serving.images import read_picture
-from serving.settings import Preprocessing
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.settings import Preprocessing
 from training.data import SPLITS, Images, read_folder
 from training.errors import Unusable
 

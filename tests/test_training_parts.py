@@ -12,12 +12,12 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import training  # noqa: F401
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import METHODS, Case
-from deploy import ROOT
-from serving.loading import MODEL, build_network
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Case
+from torchserve_explain.loading import MODEL, build_network
+from torchserve_explain.paths import ROOT
 from training.__main__ import main
 from training.architectures.direction import Direction
 from training.data import Images, read_folder

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from attribution.memory import keep_freed_memory
-from deploy import ROOT
-from deploy.offline import progress
-from training import explain
+from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.gallery import explain
+from torchserve_explain.offline import progress
+from torchserve_explain.options import positive, whole
+from torchserve_explain.paths import ROOT
 from training.errors import Unusable
 from training.experiment import Experiment
 from training.features import Place
 from training.fit import OPTIMIZERS
 from training.gan import Drawing
 from training.networks import PRETRAINED, start_of
-from training.options import positive, whole
 from training.recipe import Part, Recipe, read_recipe, recipe_names
 from training.run import run
 

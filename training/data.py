@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
-from deploy.offline import readable
-from serving.errors import ClientError
-from serving.images import read_picture
-from serving.settings import Limits, Preprocessing
+from torchserve_explain.offline import readable
+from torchserve_explain.serving.errors import ClientError
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.settings import Limits, Preprocessing
 from training.errors import Unusable
 
 SPLITS = ("train", "val", "test")

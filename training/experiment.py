@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from serving.settings import Preprocessing
+from torchserve_explain.serving.settings import Preprocessing
 from training.data import SPLITS, Data, Images
 from training.export import Architecture
 from training.features import Place, Source, digest_of, read_source

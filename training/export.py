@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from deploy.archive import Refused, check_name
-from deploy.offline import check_apart
-from serving.loading import MODEL, WEIGHTS
-from serving.settings import Preprocessing
+from torchserve_explain.archiver import Refused, check_name
+from torchserve_explain.loading import MODEL, WEIGHTS
+from torchserve_explain.offline import check_apart
+from torchserve_explain.serving.settings import Preprocessing
 from training.architectures import direction
 from training.errors import Unusable
 from training.networks import BACKBONES

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from deploy.offline import in_one_step
+from torchserve_explain.offline import in_one_step
 from training.data import mixed
 from training.errors import Unusable
 from training.features import Source, in_order, shuffled

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from serving.settings import Preprocessing
+from torchserve_explain.serving.settings import Preprocessing
 from training.data import Images, Sample, mixed
 
 SIDE, NOISE, WIDTH = 64, 100, 32  # pixels, numbers that an image is drawn from, channels of the finest layer

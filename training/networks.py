@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from attribution.classifier import Normalization
-from deploy import ROOT
-from deploy.archive import Refused, read_source, read_weights
-from serving.loading import MODEL, TIMM
-from serving.settings import Preprocessing
+from torchserve_explain.archiver import Refused, read_source, read_weights
+from torchserve_explain.attribution.classifier import Normalization
+from torchserve_explain.loading import MODEL, TIMM
+from torchserve_explain.paths import ROOT
+from torchserve_explain.serving.settings import Preprocessing
 from training.architectures.cnn import Cnn
 from training.errors import Unusable
 from training.recipe import Part

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from torch import nn
 
-from attribution.classifier import Normalization
+from torchserve_explain.attribution.classifier import Normalization
 from training import recipes
 
 

@@ -12,13 +12,13 @@ from jinja2 import Environment
 from PIL import Image
 from torch import Tensor, nn
 
-from attribution.classifier import Classifier
-from attribution.engine import Engine
-from attribution.job import Job
-from attribution.methods import METHODS, Case
-from serving.images import Picture, read_picture
-from serving.pictures import Map, Scale, draw_overlay, png
-from serving.settings import Limits, Preprocessing
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Case
+from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.pictures import Map, Scale, draw_overlay, png
+from torchserve_explain.serving.settings import Limits, Preprocessing
 from training.data import PIXELS, Data
 
 REPORT = "report.html"

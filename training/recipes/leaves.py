@@ -1,6 +1,6 @@
 """Healthy and diseased leaves, report 5: the mean difference of VGG-16's features, thresholded, explained by its gradient."""
 
-from attribution.classifier import Normalization
+from torchserve_explain.attribution.classifier import Normalization
 from training.recipe import Part, Recipe
 
 RECIPE = Recipe(

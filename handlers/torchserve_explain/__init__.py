@@ -1,0 +1,1 @@
+"""TorchServe handlers for image classifiers that also say why."""

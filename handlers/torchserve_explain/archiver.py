@@ -1,0 +1,241 @@
+"""Builds model_store/NAME.mar: everything that a TorchServe needs to serve and explain one classifier."""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from torchserve_explain.loading import LABELS, MODEL, WEIGHTS, load_classifier, read_labels
+from torchserve_explain.paths import ROOT
+from torchserve_explain.serving.service import Service
+from torchserve_explain.serving.settings import Settings, read_settings
+
+CONFIG = "model-config.yaml"
+WEIGHT_FILES = (WEIGHTS, "weights.pth", "weights.pt")  # of a classifier's folder; the first that exists
+LABEL_FILES = ("labels.txt", "labels.json", LABELS)
+DEFAULT_CONFIG = ROOT / "deploy" / CONFIG
+# What TorchServe 0.12 reads of a model-config.yaml.
+FRONTEND_KEYS = {
+    *("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "maxRetryTimeoutInSec"),
+    *("jobQueueSize", "useJobTicket", "deviceType", "deviceIds", "parallelType", "parallelLevel", "torchrun", "useVenv"),
+    *("asyncCommunication", "continuousBatching", "sequenceBatching"),
+}
+
+
+class Refused(Exception):
+    """What was given cannot be served; the message says why."""
+
+
+def check_name(what: str, text: str) -> None:
+    """Raise Refused where a text cannot be a model's name or version."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise Refused(f"{text[:100]!r} is no {what}; allowed: up to 100 letters, digits, '.', '_' and '-'")
+
+
+def build_archive(name: str, options: argparse.Namespace) -> Path:
+    """Build, check and store an archive; return its path. Raises Refused.
+
+    Everything happens in a folder of its own, and the finished archive replaces the old one in one step.
+    """
+    check_name("model name", name)
+    check_name("version", options.version)
+    with tempfile.TemporaryDirectory() as temporary:
+        stage = Path(temporary, "stage")
+        shutil.copytree(ROOT / "handlers", stage, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        collect(ROOT / "classifiers" / name, options, stage)
+        check(stage)
+        archive = package(name, options.version, stage, Path(temporary))
+        options.store.mkdir(parents=True, exist_ok=True)
+        unfinished = options.store / f".{name}.{os.getpid()}.mar"
+        shutil.copyfile(archive, unfinished)
+        stored: Path = unfinished.replace(options.store / f"{name}.mar")
+        return stored
+
+
+def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
+    """Bring configuration, weights, labels and the user's model into the stage; options come before the folder's files."""
+    if not folder.exists() and not options.weights:
+        raise Refused(f"there is no classifiers/{folder.name}; give --weights and --arch (or --model) to archive a checkpoint")
+    config = _first(options.config, folder / CONFIG) or DEFAULT_CONFIG
+    # What a configuration leaves out, batching above all, is as in the default one.
+    content = read_config(DEFAULT_CONFIG) | read_config(config)
+    if options.arch or options.model:
+        content["classifier"] = {"architecture": options.arch or MODEL}
+    if not content.get("classifier"):
+        raise Refused(
+            "the architecture is missing: give --arch or --model, or 'classifier: {architecture: resnet18}' in " + CONFIG
+        )
+    (stage / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    model = _first(options.model, folder / MODEL)
+    if model is not None and content.get("classifier", {}).get("architecture") == MODEL:
+        shutil.copyfile(model, stage / MODEL)
+    source = read_source(folder)
+    weights = _first(options.weights, *(folder / name for name in WEIGHT_FILES))
+    if weights is None and source is None:
+        raise Refused(
+            f"no weights: give --weights, or put {', '.join(WEIGHT_FILES)} or source.py into classifiers/{folder.name}"
+        )
+    state = source.state_dict() if weights is None else read_weights(weights)
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in state.items()}, stage / WEIGHTS)
+    labels = _first(options.labels, *(folder / name for name in LABEL_FILES))
+    # A folder's source knows the labels of its own weights, not of others.
+    names = _labels(labels) if labels else source.labels() if source and weights is None else []
+    if names:
+        (stage / LABELS).write_text(json.dumps(dict(enumerate(names)), ensure_ascii=False), encoding="utf-8")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model-config.yaml; raises Refused where it is not a mapping, or holds a key that nobody reads."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path.name} holds a {type(content).__name__}; allowed: keys and values")
+    known = {*Settings.model_fields, *FRONTEND_KEYS}
+    if unknown := [str(key) for key in content if key not in known]:
+        raise Refused(f"{path.name}: unknown key {unknown[0]}; allowed: {', '.join(sorted(known))}")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from safetensors or from a checkpoint, without running any code it may hold; raises Refused."""
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise Refused(f"{path.name} is not a checkpoint: {error}") from None
+    except Exception as error:  # weights_only refuses by pickle.UnpicklingError, and others with what they stumble on
+        raise Refused(f"{path.name} is not a state dict that is safe to load ({type(error).__name__}): "
+                      "save model.state_dict(), not the model") from None  # fmt: skip
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if not named or not content:
+        raise Refused(f"{path.name} holds no state dict: save model.state_dict()")
+    if broken := [key for key, tensor in content.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+        raise Refused(f"{path.name}: {broken[0]} holds numbers that are not finite")
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""  # of DataParallel
+    return {key.removeprefix(prefix): tensor for key, tensor in content.items()}
+
+
+def check(stage: Path) -> None:
+    """Load the stage as a worker will; raises Refused with the reason where that fails."""
+    try:
+        settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
+        classifier, labels = load_classifier(stage, settings)
+        service = Service(classifier, labels, settings, {"name": "check", "version": "0"})
+        outcome = service.warm_up()
+        if isinstance(outcome, Exception):
+            raise outcome
+    except (Exception, SystemExit) as error:  # a user's model.py may raise anything
+        raise Refused(str(error) or type(error).__name__) from error
+    for method, why in service.refused.items():
+        print(f"{method} cannot serve it: {why}")
+
+
+def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
+    """Pack the stage with TorchServe's archiver, which deletes what it finds in its temporary folder first."""
+    arguments = {
+        "--model-name": name,
+        "--version": version,
+        "--handler": stage / "explain_handler.py",
+        "--extra-files": stage,
+        "--config-file": stage / CONFIG,
+        "--export-path": temporary,
+    }
+    started = "from model_archiver.model_packaging import generate_model_archive; generate_model_archive()"
+    command = [sys.executable, "-c", started, *(str(part) for pair in arguments.items() for part in pair)]
+    scratch = temporary / "scratch"
+    scratch.mkdir()
+    result = subprocess.run(command, env=os.environ | {"TMPDIR": str(scratch)}, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise Refused(f"torch-model-archiver failed: {result.stderr.strip()[-500:]}")
+    return temporary / f"{name}.mar"
+
+
+def is_stale(name: str, store: Path) -> bool:
+    """Whether the archive is missing or older than what it is built from."""
+    archive = store / f"{name}.mar"
+    sources = [p for top in ("handlers", f"classifiers/{name}", "deploy") for p in (ROOT / top).rglob("*") if p.is_file()]
+    sources = [path for path in sources if "__pycache__" not in path.parts]
+    return not archive.exists() or archive.stat().st_mtime < max(path.stat().st_mtime for path in sources)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of archive.sh."""
+    command = argparse.ArgumentParser(prog="./archive.sh", description=__doc__)
+    command.add_argument("name", help="the model's name; classifiers/NAME/ is read if it exists")
+    network = command.add_mutually_exclusive_group()
+    network.add_argument("--arch", help="a torchvision architecture, such as resnet34; or timm/ and the name of one of timm's")
+    network.add_argument("--model", type=_existing, help="a model.py that defines the network as an nn.Module")
+    command.add_argument("--weights", type=_existing, help="a state dict: .safetensors, or .pt/.pth (loaded with weights_only)")
+    command.add_argument("--labels", type=_existing, help='class names: a JSON list, {"0": name, ...}, or one name a line')
+    command.add_argument("--config", type=_existing, help="a model-config.yaml (default: ImageNet preprocessing)")
+    command.add_argument("--version", default="1.0", help="the model's version (default: %(default)s)")
+    command.add_argument("--store", type=Path, default=ROOT / "model_store", help="where archives go (default: model_store)")
+    return command
+
+
+def main() -> int:
+    """Build the archive that the command line asks for."""
+    options = parser().parse_args()
+    try:
+        archive = build_archive(options.name, options)
+    except (Refused, OSError) as reason:
+        print(f"archive.sh: {options.name} is not archived: {reason}", file=sys.stderr)
+        return 1
+    print(f"{archive} ({archive.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _first(*paths: Path | None) -> Path | None:
+    """Return the first path that exists."""
+    return next((path for path in paths if path is not None and path.exists()), None)
+
+
+def _labels(path: Path) -> list[str]:
+    try:
+        return read_labels(path)
+    except ValueError as error:  # neither UTF-8 nor JSON are ValueErrors too
+        raise Refused(f"{path.name} holds no labels: {error}") from None
+
+
+def _existing(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
+
+
+def read_source(folder: Path) -> Any:
+    """Import a classifier's source.py, which says where weights and labels come from; it never travels."""
+    if not (folder / "source.py").exists():
+        return None
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("source", folder / "source.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:  # another classifier's source has another model.py
+        sys.path.remove(str(folder))
+        sys.modules.pop("model", None)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

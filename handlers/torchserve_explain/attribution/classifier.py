@@ -1,0 +1,286 @@
+"""The model made ready to be explained: frozen, folded, laid out, its layers known, its passes."""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from torchserve_explain.attribution.errors import Unsupported
+from torchserve_explain.attribution.functions import operations
+from torchserve_explain.attribution.fusion import fold_layers
+from torchserve_explain.attribution.layers import Grid, find_spatial_layers
+from torchserve_explain.attribution.low_precision import narrowed
+from torchserve_explain.attribution.rows import Evaluation, Gradients, Layer, Rule, Score
+from torchserve_explain.attribution.stem import find_stem, passing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel `mean` and `std` that turn pixels in [0, 1] into the model's input."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise pixels [..., C, H, W] in [0, 1]."""
+        mean, std = self._like(pixels)
+        return (pixels - mean) / std
+
+    def inverse(self, inputs: Tensor) -> Tensor:
+        """Return the pixels [..., C, H, W] in [0, 1] of a normalised input."""
+        mean, std = self._like(inputs)
+        return inputs * std + mean
+
+    def _like(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std [C, 1, 1] of the images' type and device."""
+        return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
+
+
+class Classifier:
+    """A classifier's passes over rows of normalised images [n, C, H, W]; the module it is given stays untouched.
+
+    The module is copied, put into evaluation mode, frozen, its batch norms and paddings folded (exact up to rounding) and
+    laid out channels-last. With `narrow` arithmetic, such as bfloat16, rows that want no gradient at the image are
+    evaluated in it; predictions never are. Raises ValueError where its output is not [n, classes] with at least two
+    classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalization: Normalization,
+        size: tuple[int, int],
+        device: torch.device | str = "cpu",
+        narrow: torch.dtype | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.normalization = normalization
+        self._model, self.folded = _folded(model, self._noise(normalization, size))
+        self._model.to(self.device).to(memory_format=torch.channels_last)
+        self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
+        self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
+        self.classes = self._count_classes()
+        self._check_rows()
+        self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
+        self.narrow = None if self._narrow is None else narrow
+        self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
+        self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
+        self.spatial_layers = self._heard()
+        self.operations = operations(self._model, self.example)
+        # A few rules at a time: each holds changed layers, and a client chooses their parameters.
+        self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
+
+    @property
+    def last_layer(self) -> str | None:
+        """The last layer with a spatial output larger than 1 x 1, or None where the model has none."""
+        return next(reversed(self.spatial_layers), None)
+
+    def grid_layer(self, name: str) -> str:
+        """Return the dotted name of a spatial layer (`last` is the last of them); raises Unsupported naming some that are."""
+        resolved = self.last_layer if name == "last" else name
+        if resolved is None:
+            raise Unsupported("the model has no layer with a spatial output larger than 1x1")
+        if resolved not in self.spatial_layers:
+            some = ", ".join(list(self.spatial_layers)[-8:])
+            raise Unsupported(f"the model has no spatial layer of that name; the last ones are {some}")
+        return resolved
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return the logits [n, classes] of inputs [n, C, H, W], without a gradient."""
+        with torch.no_grad():
+            output: Tensor = self._model(self._placed(inputs).clone())
+        return output
+
+    def evaluate(
+        self,
+        inputs: Tensor,
+        targets: Sequence[int],
+        scores: Sequence[Score],
+        *,
+        gradient: bool = False,
+        each: bool = True,
+        layers: Sequence[str] = (),
+        rule: Rule | None = None,
+    ) -> Evaluation:
+        """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
+
+        Without `each` the gradients to the input are known as weighted sums only. With layers alone the backward pass
+        goes no further than the first of them.
+        """
+        model = self._model if rule is None else self._changed(rule)
+        if self._narrow is not None and rule is None and not gradient:
+            model = self._narrow
+        stem = self._stem if rule is None and gradient and not each else None
+        x = self._placed(inputs).detach().requires_grad_(gradient)
+        with (
+            torch.set_grad_enabled(gradient or bool(layers)),
+            passing(model, stem) as edges,
+            _captured(model, layers) as outputs,
+        ):
+            selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
+        early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
+        found = None
+        if gradient and stem is not None and early is not None:
+            found = Gradients(None, early, stem.pull)
+        elif gradient:
+            to_input = torch.zeros_like(x) if early is None else early
+            found = Gradients(to_input, to_input, lambda gradient: gradient)
+        return Evaluation(
+            selected.detach(),
+            found,
+            {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
+        )
+
+    def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
+        return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))
+
+    def _grid(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a layer's output, or a gradient there, as [n, channels, h, w]."""
+        return self.spatial_layers[name].channels_first(tensor.detach()).to(self.dtype)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient leads from the logits to the image."""
+        return bool(self.operations)
+
+    def refusal(self, rule: Rule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
+        """Return why the model cannot run rows under a rule, or None where it can.
+
+        `unwanted` are operations that the rule replaces: one that is left was called in a way that it does not see.
+        """
+        try:
+            left = sorted(operations(self._changed(rule), rows) & unwanted)
+            self.evaluate(rows, [0], [], gradient=True, rule=rule)
+        except Unsupported as reason:
+            return str(reason)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # it is the user's own forward that runs here
+            log.warning("a model cannot run under %s", rule, exc_info=error)
+            return f"it cannot run under the method's rules: {error}"
+        return f"it calls {', '.join(left)} in a way that no rule reaches" if left else None
+
+    def _placed(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _heard(self) -> dict[str, Grid]:
+        """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
+        layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
+        found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
+        heard = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
+        return heard or layers  # a head of zeros, before any training, listens to none
+
+    @staticmethod
+    def _noise(normalization: Normalization, size: Sequence[int]) -> Tensor:
+        """Return two noisy images [2, C, H, W], to try the model on."""
+        pixels = torch.rand(2, len(normalization.mean), *size, generator=torch.Generator().manual_seed(0))
+        return normalization(pixels)
+
+    def _check_rows(self) -> None:
+        """Raise ValueError where an image's logits depend on chance or on its neighbours in a pass."""
+        both = self._noise(self.normalization, self.example.shape[-2:])
+        first, again, beside = self.logits(both[:1]), self.logits(both[:1]), self.logits(both)[:1]
+        if not _alike(first, again):
+            raise ValueError("the model answers the same image differently each time: is a dropout always on?")
+        if not _alike(first, beside):
+            raise ValueError("the model's answer to an image depends on the other images of its pass")
+
+    def _count_classes(self) -> int:
+        output = self.logits(self.example)
+        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")
+        return output.shape[1]
+
+
+def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
+    """Return a frozen copy in evaluation mode with layers folded, and how many; it answers what the model does."""
+    copied = _copied(model)
+    noise = noise.to(next((p for p in copied.parameters()), noise))
+    with torch.no_grad():
+        expected = copied(noise[:1].clone())
+        folded = fold_layers(copied)
+        copied.requires_grad_(False)  # the folded weights are new
+        if not folded or not isinstance(expected, Tensor):
+            return copied, folded
+        rounding = min(0.01, 1000 * torch.finfo(expected.dtype).eps)
+        if _alike(expected, copied(noise[:1].clone()), rounding):
+            return copied, folded
+    log.warning("layers are not folded: the model would not answer as before")
+    return _copied(model), 0
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a frozen copy in evaluation mode; a tensor that it computed, such as a normed weight, is copied as it is."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    computed = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    return copy.deepcopy(model, computed).eval().requires_grad_(False)
+
+
+def _narrowed(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module | None:
+    """Return a copy that computes in `dtype`, or None where the model does not run in it, which the log tells."""
+    try:
+        narrow = narrowed(model, example, dtype)
+        with torch.no_grad():
+            narrow(example.clone())
+    except Exception as error:  # it is the user's own forward that runs here
+        log.warning("the arithmetic stays %s: the model does not run in %s: %s", example.dtype, dtype, error)
+        return None
+    return narrow
+
+
+def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
+    """Whether logits agree within a fraction of the largest, or both are not finite."""
+    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> Tensor:
+    """Return each row's score of its target [n]."""
+    index = torch.tensor(targets, device=logits.device)[:, None]
+    chosen = logits.gather(1, index)[:, 0]
+    if Score.PROBABILITY not in scores:
+        return chosen
+    as_probability = torch.tensor([s is Score.PROBABILITY for s in scores], device=logits.device)
+    return torch.where(as_probability, logits.softmax(1).gather(1, index)[:, 0], chosen)
+
+
+def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
+    """Return the gradient of the summed scores to each tensor; None where the scores do not depend on it."""
+    found: list[Tensor | None] = [None] * len(wanted)
+    places = [place for place, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
+    if selected.requires_grad and places:
+        asked = [wanted[place] for place in places]
+        gradients = torch.autograd.grad(selected, asked, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
+        for place, gradient in zip(places, gradients, strict=True):
+            found[place] = gradient
+    return found
+
+
+@contextmanager
+def _captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the named layers' outputs while the model runs; the autograd graph starts at the first of them if not before."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name].clone()  # the next layer may work in place
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,165 @@
+"""Torch's functions as a model calls them: seen, replaced, and the operations that they are made of."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torchserve_explain.attribution.errors import Unsupported
+
+# Functions of one tensor that work on each value by itself.
+ACTIVATIONS = {
+    *("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish", "softplus"),
+    *("sigmoid", "hardsigmoid", "hardswish", "tanh", "clamp"),
+}
+ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "__rsub": "rsub", "expit": "sigmoid"}
+ALIASES |= dict.fromkeys(("clip", "clamp_min", "clamp_max"), "clamp")
+# What autograd calls them, and what it calls the operations that are linear in all that they join.
+ACTIVATION_NODES = {
+    *("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "Elu", "Silu", "Gelu", "Mish", "Softplus"),
+    *("Sigmoid", "Hardsigmoid", "Hardswish", "Tanh", "Clamp", "ClampMin", "ClampMax"),
+}
+LINEAR_NODES = {
+    *("Convolution", "Addmm", "Mm", "Linear", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "Mean", "Sum"),
+    *("AvgPool2D", "AdaptiveAvgPool2D", "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Add of two", "Cat", "Stack", "T"),
+    *("View", "UnsafeView", "ReshapeAlias", "AsStrided", "Permute", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Clone"),
+    *("Alias", "Slice", "Select", "Split", "SplitWithSizes", "Chunk", "Unbind", "ConstantPadNd", "Roll", "ToCopy"),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function by its plain `name`; `inputs` are its tensors that depend on the image, as they were before it."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the function changes its first argument."""
+        return self.function.__name__.endswith("_") or bool(self.kwargs.get("inplace"))
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among the first two arguments that a gradient goes back to."""
+        return [value for value in self.args[:2] if isinstance(value, Tensor) and value.requires_grad]
+
+    def run(self, first: Tensor) -> Tensor:
+        """Call the function with another first argument, which is left as it is."""
+        output: Tensor = self.function(first.clone() if self.in_place else first, *self.args[1:], **self.kwargs)
+        return output
+
+    def value(self) -> Tensor:
+        """Return the function's result without a gradient, its arguments left as they are."""
+        with torch.no_grad():
+            return self.run(self.args[0])
+
+    def plain(self) -> Any:
+        """Call the function as the model does."""
+        return self.function(*self.args, **self.kwargs)
+
+
+Replacements = Mapping[str, Callable[[Call], Any]]
+
+
+class _Replacing(TorchFunctionMode):
+    """Hands the calls of functions to their replacements while it is active."""
+
+    def __init__(self, replacements: Replacements, in_place: bool) -> None:
+        super().__init__()
+        self._replacements, self._in_place = replacements, in_place
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").rstrip("_")
+        call = Call(ALIASES.get(name, name), func, args, kwargs or {})
+        replacement = self._replacements.get(call.name)
+        if replacement is not None and any(isinstance(v, Tensor) and v.requires_grad for v in call.kwargs.values()):
+            raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")
+        if replacement is None or not call.inputs:
+            return call.plain()
+        if self._in_place or not call.in_place:
+            return replacement(call)
+        # What depends on the function's work in place finds the replacement's result there.
+        return args[0].copy_(replacement(replace(call, args=(args[0].clone(), *args[1:]))))
+
+
+def replacing(model: nn.Module, replacements: Callable[[], Replacements], in_place: bool = False) -> nn.Module:
+    """Return a model of the same modules whose functions are replaced; `replacements` are made anew for each pass.
+
+    A function is found whatever form it has: a module, one used several times, in place, or called as a function. With
+    `in_place` the replacements work in place themselves where the model does; the others get a copy to work on.
+    """
+    return _Replaced(model, replacements, in_place)
+
+
+class _Replaced(nn.Module):
+    """A model whose functions are replaced; its own hooks run once, as in the model."""
+
+    def __init__(self, model: nn.Module, replacements: Callable[[], Replacements], in_place: bool) -> None:
+        super().__init__()
+        self._model = [model]  # not a child: whose modules they are stays as it is
+        self._replacements, self._in_place = replacements, in_place
+
+    def forward(self, x: Tensor) -> Any:
+        with _Replacing(self._replacements(), self._in_place):
+            return self._model[0](x)
+
+
+class _Surrogate(torch.autograd.Function):
+    """One tensor's value with another's gradient."""
+
+    @staticmethod
+    def forward(_context: Any, value: Tensor, _linear: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def surrogate(value: Tensor, linear: Tensor) -> Tensor:
+    """Return `value` with the gradient of `linear`, which has its shape."""
+    found: Tensor = _Surrogate.apply(value.detach(), linear)
+    return found
+
+
+def operations(model: nn.Module, example: Tensor) -> set[str]:
+    """Return the names of the operations between an image and the logits, as autograd has them.
+
+    One that joins two tensors which both depend on the image is an 'Add of two', a 'Mul of two' and so on.
+    """
+    with torch.enable_grad():
+        output: Tensor = model(example.detach().requires_grad_().clone())
+    return set(node_names(output.grad_fn))
+
+
+def node_names(last: Any) -> Iterator[str]:
+    """Yield the names of the operations that lead to a node of the autograd graph, itself among them."""
+    seen: set[Any] = set()
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        before = [one for one, _ in node.next_functions if one is not None]
+        waiting += before
+        if before:
+            name = _operation(node)
+            joins = len(before) > 1 and name not in ("Cat", "Stack")
+            divides = name == "Div" and node.next_functions[0][0] is None
+            yield f"{name} of two" if joins else f"{name} by the image" if divides else name
+
+
+def _operation(node: Any) -> str:
+    """Return an operation's name; a function of the user's own keeps its whole name, which no rule knows."""
+    full = type(node).__name__
+    name = full.rstrip("0123456789").removesuffix("Backward") if full[-1].isdecimal() else full
+    if name.startswith("ScaledDotProduct"):
+        return "Attention"  # one for each device
+    return f"{name} of the batch" if getattr(node, "_saved_training", False) else name

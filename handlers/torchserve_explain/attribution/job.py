@@ -1,0 +1,49 @@
+"""A job: one map to be made of one image for one target."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+
+from torchserve_explain.attribution.errors import NotFinite, Unsupported
+from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
+from torchserve_explain.attribution.rows import Asking, Score
+
+
+@dataclass(frozen=True)
+class Job:
+    """One map to be made: a method, smoothed or not, on a case."""
+
+    method: Method
+    case: Case
+    smoothing: Smoothing | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether the map can be negative."""
+        return self.method.signed if self.smoothing is None else self.smoothing.signed(self.method)
+
+    @property
+    def copies(self) -> int:
+        """How many inputs the method is applied to."""
+        return 1 if self.smoothing is None else self.smoothing.samples
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations the job takes; for an adaptive method the least."""
+        return self.copies * self.method.evaluations(self.case.classifier)
+
+    def compute(self) -> Asking[Attribution]:
+        """Ask for the job's rows and return its map; raises Unsupported, NotFinite."""
+        if self.case.score is Score.PROBABILITY and not self.method.explains_probability:
+            raise Unsupported(f"{type(self.method).__name__} has no rule for the softmax; allowed: score=logit")
+        attribution = yield from self._attribute()
+        scalars = (attribution.baseline_score or 0.0, attribution.completeness_error or 0.0)
+        if not (torch.isfinite(attribution.map).all() and all(map(isfinite, scalars))):
+            raise NotFinite("the model's score or its gradient is not a finite number for this image")
+        return attribution
+
+    def _attribute(self) -> Asking[Attribution]:
+        if self.smoothing is None:
+            return self.method.attribute(self.case)
+        return self.smoothing.attribute(self.method, self.case)

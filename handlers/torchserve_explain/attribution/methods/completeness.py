@@ -1,0 +1,22 @@
+"""Completeness: a map's sum against the score's rise from the baseline to the image."""
+
+from math import isnan
+
+from torch import Tensor
+
+from torchserve_explain.attribution.methods.method import Case
+
+ROUNDING = 1e-4  # of a score: as far as the sum of a float32 map can be trusted
+
+
+def completeness_error(total: float, score: float, baseline_score: float) -> float:
+    """Return |sum of the map - (score - baseline score)| / |score - baseline score|, finite also where the two are equal."""
+    difference = score - baseline_score
+    return abs(total - difference) / max(abs(difference), ROUNDING * max(abs(score), abs(baseline_score)), 1e-12)
+
+
+def known_error(attribution: Tensor, case: Case, baseline_score: float) -> float | None:
+    """Return the completeness error; a noisy copy's own score is unknown, and its completeness nobody's concern."""
+    if isnan(case.known_score):
+        return None
+    return completeness_error(float(attribution.sum()), case.known_score, baseline_score)

@@ -1,0 +1,235 @@
+"""Layer-wise relevance propagation: the score handed back layer by layer, each share by a layer's own rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.errors import Unsupported
+from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
+from torchserve_explain.attribution.rows import Asking, Evaluation
+
+RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two"}
+STABILIZER = 1e-6
+GAMMA = 0.25
+LAYERS = ("conv2d", "linear")
+POOLINGS = ("avg_pool2d", "adaptive_avg_pool2d", "mean", "sum")
+AFFINE = ("batch_norm", "div", "neg", "sub", "rsub")
+UNRULED = (  # which autograd cannot tell from a linear layer or a convolution
+    *("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum", "addmm", "addmv", "baddbmm", "convolution"),
+    *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
+
+
+class Composite(StrEnum):
+    """Which rule each layer has, as zennit names them: epsilon for linear layers, and for convolutions as follows."""
+
+    EPSILON_PLUS = "epsilon_plus"
+    EPSILON_PLUS_FLAT = "epsilon_plus_flat"  # the first: spread evenly
+    EPSILON_GAMMA_BOX = "epsilon_gamma_box"  # gamma; the first: by the range of pixels
+    EPSILON_ALPHA2_BETA1 = "epsilon_alpha2_beta1"
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A layer run on a changed input with changed parameters; `sign` is that of its part."""
+
+    input: Callable[[Tensor], Tensor]
+    parameter: Callable[[Tensor], Tensor]
+    bias: bool = True
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Terms that share what reaches them in proportion: `weight` of it, and only where `where` says of the output."""
+
+    terms: tuple[_Term, ...]
+    weight: float = 1.0
+    where: Callable[[Tensor], Tensor] = torch.ones_like
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.clone()  # the model may go on to change it in place
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def _negative(x: Tensor) -> Tensor:
+    return x.clamp(max=0)
+
+
+def _favouring(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda parameter: parameter + GAMMA * part(parameter)
+
+
+EPSILON = (_Part((_Term(_same, _same),)),)
+FLAT = (_Part((_Term(torch.ones_like, torch.ones_like, bias=False),)),)
+EXCITING = (_Term(_positive, _positive), _Term(_negative, _negative, bias=False))
+INHIBITING = (_Term(_positive, _negative), _Term(_negative, _positive, bias=False))
+PLUS = (_Part(EXCITING),)
+ALPHA2_BETA1 = (_Part(EXCITING, 2.0), _Part(INHIBITING, -1.0))
+RAISING = (_Term(_positive, _favouring(_positive)), _Term(_negative, _favouring(_negative), bias=False))
+LOWERING = (_Term(_positive, _favouring(_negative)), _Term(_negative, _favouring(_positive), bias=False))
+GAMMA_RULE = (_Part(RAISING, where=lambda z: z > 0), _Part(LOWERING, where=lambda z: z < 0))
+
+
+def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
+    def bound(values: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.new_tensor(values)[:, None, None].expand_as(x)
+
+    below, above = _Term(bound(low), _positive, sign=-1), _Term(bound(high), _negative, sign=-1)
+    return (_Part((_Term(_same, _same), below, above)),)
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Every operation passes back shares of what reaches it; the score's own gradient starts as one.
+
+    Convolutions and linear layers by the composite's rules; sums, poolings and means in proportion; activations and
+    affine norms unchanged; the largest value takes all of a max pooling, the signal all of a product with a smaller
+    gate. arXiv:1509.06321 (epsilon, alpha-beta), 10.1007/978-3-030-28954-6_10 (composites), arXiv:1706.07206 (gates).
+    `low` and `high` are the normalised values of black and white by channel.
+    """
+
+    composite: Composite
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return the changed model: the same modules, their functions with other gradients."""
+        shared = dict.fromkeys(ACTIVATIONS, _pass) | dict.fromkeys(POOLINGS, _in_proportion)
+        shared |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(UNRULED, _refuse) | {"add": _sum, "mul": _product}
+        return replacing(model, lambda: shared | dict.fromkeys(LAYERS, _Layers(self)))
+
+    def parts(self, call: Call, first: bool) -> tuple[_Part, ...]:
+        """Return the rule of a convolution or linear layer."""
+        if call.name == "linear":
+            return EPSILON
+        match self.composite:
+            case Composite.EPSILON_PLUS:
+                return PLUS
+            case Composite.EPSILON_PLUS_FLAT:
+                return FLAT if first else PLUS
+            case Composite.EPSILON_GAMMA_BOX:
+                return _box(self.low, self.high) if first else GAMMA_RULE
+            case Composite.EPSILON_ALPHA2_BETA1:
+                return ALPHA2_BETA1
+
+
+class _Layers:
+    """The convolutions and linear layers of one pass: the first convolution may have a rule of its own."""
+
+    def __init__(self, relevance: Relevance) -> None:
+        self._relevance = relevance
+        self._first = True
+
+    def __call__(self, call: Call) -> Tensor:
+        x = call.inputs[0]
+        weight, bias, options = _parameters(call)
+        parts = self._relevance.parts(call, self._first)
+        self._first = self._first and call.name == "linear"
+        output = call.value()
+
+        def run(term: _Term) -> Tensor | None:
+            at = term.input(x.detach())
+            if not term.bias and not at.any():
+                return None
+            own_bias = term.parameter(bias) if bias is not None and term.bias else None
+            # The value is the changed input's, and so is the gradient at x.
+            answer: Tensor = call.function(at + at * (x - x.detach()), term.parameter(weight), own_bias, **options)
+            return term.sign * answer
+
+        linear = torch.zeros_like(output)
+        for part in parts:
+            total = sum((found for term in part.terms if (found := run(term)) is not None), torch.zeros_like(output))
+            linear = linear + part.weight * part.where(output) / _stable(total.detach()) * total
+        return surrogate(output, linear)
+
+
+def _parameters(call: Call) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Return a layer's weight, bias and options, however they were given."""
+    names = ("weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
+    return given.pop("weight"), given.pop("bias", None), given
+
+
+def _stable(x: Tensor) -> Tensor:
+    return x + torch.where(x < 0, -STABILIZER, STABILIZER)
+
+
+def _pass(call: Call) -> Tensor:
+    return surrogate(call.value(), call.inputs[0])
+
+
+def _in_proportion(call: Call) -> Tensor:
+    """Each input of a linear function gets its own contribution's share."""
+    x, output = call.inputs[0], call.value()
+    return surrogate(output, call.run(x * _same(x.detach())) / _stable(output))
+
+
+def _sum(call: Call) -> Tensor:
+    """Each summand gets its share; beside a constant the one summand gets all."""
+    if len(call.inputs) < 2:
+        return _pass(call)
+    (a, b), total = call.inputs, call.value()
+    return surrogate(total, (a * _same(a.detach()) + b * (total - a.detach())) / _stable(total))
+
+
+def _product(call: Call) -> Tensor:
+    """The signal takes all: a gate is the smaller factor, which the larger is stretched by."""
+    if len(call.inputs) < 2:
+        return _pass(call)
+    (a, b), product = call.inputs, call.value()
+    if a.shape == b.shape:
+        raise Unsupported("LRP has no rule for a product of two signals of one size")
+    return surrogate(product, a if a.shape == product.shape else b)
+
+
+def _refuse(call: Call) -> Tensor:
+    raise Unsupported(f"LRP has no rule for {call.name}")
+
+
+@register("lrp")
+@dataclass(frozen=True)
+class LayerwiseRelevance(Method):
+    """The target's logit handed back to the pixels, each layer sharing what reaches it among its inputs by a rule.
+
+    map = relevance, signed; layers without bias pass all of it on. arXiv:1509.06321, section 2.3; `composite` says
+    which rule each layer has. Nothing is measured of the shares that biases keep.
+    """
+
+    explains_probability: ClassVar[bool] = False
+
+    composite: Composite = Composite.EPSILON_PLUS
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        found: list[Tensor] = []
+
+        def keep(_start: int, evaluation: Evaluation) -> None:
+            found.append(evaluation.gradients[0] * evaluation.scores[0])
+
+        yield [case.rows(1, lambda _start, _stop: case.input[None], keep, rule=relevance(case.classifier, self.composite))]
+        return Attribution(found[0])
+
+    @classmethod
+    def unsupported(cls, classifier: Classifier) -> str | None:
+        unruled = sorted(classifier.operations - RULED)
+        if unruled:
+            return f"LRP has no rule for {', '.join(unruled)}"
+        rule = relevance(classifier, Composite.EPSILON_PLUS)
+        return classifier.refusal(rule, classifier.example, ACTIVATION_NODES | {"Mul of two"})
+
+
+def relevance(classifier: Classifier, composite: Composite) -> Relevance:
+    """Return the rule for a classifier's range of inputs."""
+    pixels = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, len(classifier.normalization.mean), 1, 1)
+    low, high = classifier.normalization(pixels)[..., 0, 0].tolist()
+    return Relevance(composite, tuple(low), tuple(high))

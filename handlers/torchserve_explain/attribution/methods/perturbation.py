@@ -1,0 +1,117 @@
+"""Perturbation: the score with parts of the image hidden; forward rows alone."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
+from torchserve_explain.attribution.rows import Asking, Evaluation
+
+CELLS = 7  # across a random mask
+WINDOWS = 8  # side by side across the image; each is moved by half its side
+
+
+@register("occlusion")
+@dataclass(frozen=True)
+class Occlusion(Method):
+    """How much the score falls when a window slides over the image and puts the baseline there.
+
+    map[y, x] = mean over the windows w that cover it of F(x) - F(x hidden in w), signed; arXiv:1311.2901,
+    section 4.2. A window is an eighth of the image wide and high, and moves by half of that.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+
+    baseline: Baseline = Baseline.BLACK
+
+    def evaluations(self, classifier: Classifier) -> int:
+        return (2 * WINDOWS - 1) ** 2 + 1
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        windows = _windows(*case.input.shape[-2:])
+        hidden = self.baseline.image(case)
+        left, covered = (torch.zeros_like(case.input[:1]) for _ in range(2))
+        whole: list[float] = []
+
+        def occluded(place: int) -> Tensor:
+            rows, columns = windows[place]
+            image = case.input.clone()
+            image[:, rows, columns] = hidden[:, rows, columns]
+            return image
+
+        def add(start: int, evaluation: Evaluation) -> None:
+            for (rows, columns), score in zip(windows[start:], evaluation.scores.tolist(), strict=False):
+                left[:, rows, columns] += score
+                covered[:, rows, columns] += 1
+
+        yield [
+            case.rows(1, lambda _start, _stop: case.input[None], scores_into(whole), gradient=False),
+            case.rows(len(windows), stacked(occluded), add, gradient=False),
+        ]
+        return Attribution(whole[0] - left / covered)
+
+
+def _windows(height: int, width: int) -> list[tuple[slice, slice]]:
+    """Return the places of the sliding window, in reading order; together they cover the image."""
+    rows, columns = (_slices(length) for length in (height, width))
+    return [(row, column) for row in rows for column in columns]
+
+
+def _slices(length: int) -> list[slice]:
+    side = ceil(length / WINDOWS)
+    starts = [round(place * (length - side) / (2 * WINDOWS - 2)) for place in range(2 * WINDOWS - 1)]
+    return [slice(start, start + side) for start in starts]
+
+
+@register("rise")
+@dataclass(frozen=True)
+class Rise(Method):
+    """How much higher the score is, on average over random masks, where a pixel is shown.
+
+    map[p] = sum_i M_i(p) F(x under M_i) / sum_i M_i(p) - mean_i F(x under M_i), signed; M_i is 7 x 7 random cells, half of
+    them shown, enlarged and shifted; arXiv:1806.07421, equation 6, by each pixel's own sum, less the mean score.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+
+    baseline: Baseline = Baseline.BLACK
+    samples: int = 300
+
+    def evaluations(self, classifier: Classifier) -> int:
+        return self.samples
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        hidden = self.baseline.image(case)
+        shown, score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
+        scores: list[float] = []
+
+        def masked(number: int) -> Tensor:
+            return torch.lerp(hidden, case.input, random_mask(case, number))
+
+        def add(start: int, evaluation: Evaluation) -> None:
+            for number, score in enumerate(evaluation.scores.tolist(), start):
+                mask = random_mask(case, number)
+                shown.add_(mask)
+                score_shown.add_(mask, alpha=score)
+                scores.append(score)
+
+        yield [case.rows(self.samples, stacked(masked), add, gradient=False)]
+        mean = sum(scores) / len(scores)
+        return Attribution((score_shown / shown.clamp(min=1e-6) - mean) * (shown > 0))
+
+
+def random_mask(case: Case, number: int) -> Tensor:
+    """Return mask `number` [1, H, W] with values from 0 (hidden) to 1."""
+    draw = case.draw(Draw.MASK, number)
+    cells = torch.from_numpy(draw.random((1, 1, CELLS + 1, CELLS + 1)) < 0.5).to(case.input)
+    height, width = case.input.shape[-2:]
+    down, right = ceil(height / CELLS), ceil(width / CELLS)  # a cell's size
+    large = interpolate(cells, size=((CELLS + 1) * down, (CELLS + 1) * right), mode="bilinear", align_corners=False)
+    top, left = int(draw.integers(down)), int(draw.integers(right))
+    return large[0, :, top : top + height, left : left + width]

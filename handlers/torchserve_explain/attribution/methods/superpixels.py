@@ -1,0 +1,143 @@
+"""Surrogates over superpixels: a linear model of the score with regions of the image hidden; forward rows alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.segmentation import slic
+from torch import Tensor
+
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.completeness import completeness_error
+from torchserve_explain.attribution.methods.method import (
+    Attribution,
+    Case,
+    Draw,
+    Method,
+    pixels_of,
+    register,
+    scores_into,
+    stacked,
+)
+from torchserve_explain.attribution.rows import Asking, Rows
+
+SEGMENTS = 50  # about; SLIC decides
+KERNEL_WIDTH = 0.25  # of LIME's kernel, in cosine distance
+RIDGE = 1.0  # of LIME's surrogate
+
+Floats = NDArray[np.float64]
+
+
+class Superpixels:
+    """A case's image cut into regions by SLIC (10.1109/TPAMI.2012.120), each shown or hidden behind the baseline."""
+
+    def __init__(self, case: Case, baseline: Baseline) -> None:
+        self._case = case
+        self._hidden = baseline.image(case)
+        labels = slic(pixels_of(case), n_segments=SEGMENTS, compactness=10, sigma=1, start_label=0, channel_axis=-1)
+        self.count = int(labels.max()) + 1
+        self._labels = torch.from_numpy(labels).to(case.input.device)
+
+    def rows(self, coalitions: Floats, scores: list[float]) -> Rows:
+        """Ask for the score with only the coalition's regions shown, for each coalition [n, count] of 0 and 1."""
+        shown = torch.from_numpy(coalitions > 0).to(self._labels.device)
+
+        def image(number: int) -> Tensor:
+            return torch.where(shown[number][self._labels], self._case.input, self._hidden)
+
+        return self._case.rows(len(coalitions), stacked(image), scores_into(scores), gradient=False)
+
+    def spread(self, weights: Floats) -> Tensor:
+        """Return the map [1, H, W] in which each region's pixels share its weight evenly."""
+        areas = self._labels.flatten().bincount(minlength=self.count)
+        shares = torch.from_numpy(weights).to(self._case.input) / areas.clamp(min=1)
+        return shares[self._labels][None]
+
+
+@register("lime")
+@dataclass(frozen=True)
+class Lime(Method):
+    """The weights of a linear model that predicts the score from which superpixels are shown, fitted near the image.
+
+    Ridge regression on `samples` random coalitions, weighted by exp(-d^2 / (2 * 0.25^2)), d the cosine distance to the
+    whole image; arXiv:1602.04938, equation 1. A region's pixels share its weight, signed.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+
+    baseline: Baseline = Baseline.BLACK
+    samples: int = 200
+
+    def evaluations(self, classifier: Classifier) -> int:
+        return self.samples
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        regions = Superpixels(case, self.baseline)
+        draw = case.draw(Draw.COALITION, 0)
+        coalitions = (draw.random((self.samples, regions.count)) < 0.5).astype(float)
+        coalitions[0] = 1  # the image itself
+        scores: list[float] = []
+        yield [regions.rows(coalitions, scores)]
+        return Attribution(regions.spread(local_ridge(coalitions, np.array(scores))))
+
+
+def local_ridge(coalitions: Floats, scores: Floats) -> Floats:
+    """Return the ridge weights [count] of coalitions [n, count] near the full one; the intercept is not penalised."""
+    distance = 1 - np.sqrt(coalitions.mean(1))
+    weights = np.exp(-(distance**2) / (2 * KERNEL_WIDTH**2))
+    centred, rise = (values - np.average(values, 0, weights) for values in (coalitions, scores))
+    gram = centred.T @ (weights[:, None] * centred) + RIDGE * np.eye(coalitions.shape[1])
+    solution: Floats = np.linalg.solve(gram, centred.T @ (weights * rise))
+    return solution
+
+
+@register("kernel_shap")
+@dataclass(frozen=True)
+class KernelShap(Method):
+    """Shapley values of superpixels: each one's mean rise of the score over all orders in which they are shown.
+
+    Least squares over `samples` coalitions drawn by the Shapley kernel, each with its complement, under the constraint
+    that the values sum to F(x) - F(b); arXiv:1705.07874, theorem 2; the pairs arXiv:2012.01536. A region's pixels share
+    its value, signed.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+
+    baseline: Baseline = Baseline.BLACK
+    samples: int = 200
+
+    def evaluations(self, classifier: Classifier) -> int:
+        return self.samples + 2  # all regions, and none
+
+    def attribute(self, case: Case) -> Asking[Attribution]:
+        regions = Superpixels(case, self.baseline)
+        drawn = shapley_coalitions(regions.count, self.samples, case.draw(Draw.COALITION, 0))
+        ends = np.stack([np.ones(regions.count), np.zeros(regions.count)])
+        scores: list[float] = []
+        yield [regions.rows(np.concatenate([ends, drawn]), scores)]
+        whole, nothing, *rest = scores
+        values = shapley_values(drawn, np.array(rest) - nothing, whole - nothing)
+        attribution = regions.spread(values)
+        return Attribution(attribution, nothing, completeness_error(float(attribution.sum()), whole, nothing))
+
+
+def shapley_coalitions(count: int, samples: int, draw: np.random.Generator) -> Floats:
+    """Return random coalitions [samples, count] whose sizes follow the Shapley kernel; the odd ones complement the even."""
+    sizes = np.arange(1, max(count, 2))
+    chances = 1 / (sizes * (sizes[-1] + 1 - sizes))
+    pairs: list[Floats] = []
+    for size in draw.choice(sizes, -(-samples // 2), p=chances / chances.sum()):
+        one = (draw.permutation(count) < size).astype(float)
+        pairs += [one, 1 - one]
+    return np.stack(pairs)[:samples]
+
+
+def shapley_values(coalitions: Floats, rises: Floats, total: float) -> Floats:
+    """Return the values [count] that sum to `total` and fit the coalitions' rises best; the smallest where many do."""
+    even = np.full(coalitions.shape[1], total / coalitions.shape[1])
+    deviations = coalitions - coalitions.mean(1, keepdims=True)  # what is left of them to values that sum to zero
+    solution: Floats = even + np.linalg.lstsq(deviations, rises - coalitions @ even, rcond=None)[0]
+    return solution

@@ -1,0 +1,86 @@
+"""The whole round in one go: serve, predict and explain a photo with every method, write demo/, stop."""
+
+import base64
+import io
+import json
+import os
+import sys
+
+import httpx
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from torchserve_explain.archiver import Refused
+from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import photo_path
+from torchserve_explain.servers.torchserve import Failed, Server, ensure_archive, free_ports, serving
+from torchserve_explain.serving.pictures import Cell, Scale, contact_sheet, png
+
+DEMO = ROOT / "demo"
+
+
+def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
+    """Send the photo; raises Failed where the answer is not a success."""
+    url = f"{server.inference}/{kind}/{server.names[0]}"
+    answer = httpx.post(
+        url, files={"data": photo_path().read_bytes()}, data=fields, headers=server.authorization(), timeout=120
+    )
+    if answer.status_code != 200:
+        raise Failed(f"{url} answered {answer.status_code}: {answer.text}")
+    return answer
+
+
+def show(server: Server, console: Console) -> None:
+    """Ask for everything and write it down; the sheet is made of the methods' own pictures."""
+    predictions = ask(server, "predictions").json()
+    (DEMO / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    console.print(*(f"{label}: {probability:.1%}" for label, probability in predictions.items()), sep=", ")
+    table = Table("method", "target", "score", "evaluations", "completeness error", "ms")
+    cells: list[Cell] = []
+    for method in track(METHODS, "explaining", console=console):
+        told = ask(server, "explanations", method=method).json()
+        (DEMO / f"{method}.json").write_text(json.dumps(told, indent=1))
+        one = told["explanations"][0]
+        overlay = base64.b64decode(one["heatmap"]["overlay_png"])
+        (DEMO / f"{method}.png").write_bytes(overlay)
+        scale, error = one["heatmap"]["scale"], one["completeness_error"]
+        told_error = "-" if error is None else f"{error:.1%}"
+        cells.append(
+            Cell(
+                Image.open(io.BytesIO(overlay)),
+                method,
+                "" if error is None else f"completeness error {told_error}",
+                Scale(scale["colormap"], scale["to"]),
+            )
+        )
+        cost = (f"{one['target']['score']:.2f}", str(one["evaluations"]), told_error, f"{one['milliseconds']:.0f}")
+        table.add_row(method, one["target"]["label"], *cost)
+    (DEMO / "contact_sheet.png").write_bytes(png(contact_sheet(cells)))
+    (DEMO / "report.html").write_bytes(
+        ask(server, "explanations", method="integrated_gradients,grad_cam", output="html").content
+    )
+    console.print(table)
+
+
+def main() -> int:
+    """Run the demo; its ports are free ones unless TS_* variables name others."""
+    console = Console()
+    environment = free_ports() | {key: value for key, value in os.environ.items() if key.startswith("TS_")}
+    try:
+        ensure_archive("imagenet", ROOT / "model_store")
+        DEMO.mkdir(exist_ok=True)
+        console.print("starting TorchServe")
+        with serving(["imagenet"], ROOT / "model_store", environment, ROOT / "run" / "demo") as server:
+            show(server, console)
+    except (Failed, Refused) as reason:
+        print(f"demo: {reason}", file=sys.stderr)
+        return 1
+    console.print(f"written: {', '.join(sorted(path.name for path in DEMO.iterdir()))} in {DEMO}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Every picture of a folder explained: records, and pages to look at."""

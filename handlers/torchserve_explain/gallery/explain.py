@@ -1,0 +1,253 @@
+"""Explains every picture of a folder and writes maps, records, and a gallery with right and wrong predictions apart."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from torchserve_explain.archiver import Refused
+from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.errors import AttributionError, NotFinite
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Attribution
+from torchserve_explain.gallery.pages import FAILED, Told, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.question import LABEL, PREDICTED, Question, Sample, ask, digest_of, find_samples
+from torchserve_explain.offline import (
+    STORE,
+    Record,
+    add_record,
+    check_apart,
+    load_archive,
+    progress,
+    read_records,
+    readable,
+    write_records,
+)
+from torchserve_explain.options import whole
+from torchserve_explain.paths import ROOT
+from torchserve_explain.serving.answers import NAMES, Class, Explanation
+from torchserve_explain.serving.errors import ClientError
+from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
+
+RECORDS = "records.jsonl"
+QUALITY = 85  # of pictures in WebP
+
+
+class Records:
+    """What has been explained, a line for each picture and map; what is now asked otherwise is dropped."""
+
+    def __init__(self, path: Path, settings: Mapping[str, str]) -> None:
+        self._path = path
+        lines = read_records(path)
+        kept = [line for line in lines if settings.get(line["map"], line["settings"]) == line["settings"]]
+        if len(kept) < len(lines):
+            write_records(path, kept)
+        self._known = {(line["path"], line["map"]): line for line in kept}
+
+    def find(self, path: str, digest: str | None, name: str) -> Record | None:
+        """Return the record of a map of the picture with this content."""
+        record = self._known.get((path, name))
+        return record if record is not None and record["digest"] == digest else None
+
+    def add(self, record: Record) -> None:
+        """Keep a record."""
+        self._known[record["path"], record["map"]] = record
+        add_record(self._path, record)
+
+
+@dataclass(frozen=True)
+class Due:
+    """A picture, and the names of the maps that are not there yet."""
+
+    sample: Sample
+    digest: str
+    picture: Picture
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A map to be made of a picture with logits [classes]: its name, and the job."""
+
+    due: Due
+    logits: Tensor
+    name: str
+    job: Job
+
+
+class Run:
+    """Explains pictures of the folder `data` into the folder `out`; `skipped` holds those that cannot be, and why."""
+
+    def __init__(self, question: Question, data: Path, out: Path) -> None:
+        self._question, self._archive, self._data, self._out = question, question.archive, data, out
+        self._limits = self._archive.settings.explanations.limits
+        self._engine = Engine(self._archive.classifier, self._limits.pack)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECORDS).touch()
+        self._records = Records(out / RECORDS, question.settings)
+        self._digests: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+
+    def explain(self, samples: Sequence[Sample], batch: int) -> None:
+        """Make the maps that are not there yet, `batch` pictures at a time; raises AttributionError, such as OutOfMemory."""
+        with progress() as shown:
+            bar = shown.add_task("explaining", total=len(samples))
+            due = self._due(samples, lambda: shown.advance(bar))
+            while some := list(islice(due, batch)):
+                self._explain(some)
+                shown.advance(bar, len(some))
+
+    def found(self, samples: Sequence[Sample]) -> list[Record]:
+        """Return the records of pictures as they now are, in order."""
+        keys = ((sample.path, name) for sample in samples for name in self._question.methods)
+        records = (self._records.find(path, self._digests.get(path), name) for path, name in keys)
+        return [record for record in records if record is not None]
+
+    def _due(self, samples: Sequence[Sample], pass_by: Callable[[], None]) -> Iterator[Due]:
+        for sample in samples:
+            due = self._read(sample)
+            if due is None:
+                pass_by()
+            else:
+                yield due
+
+    def _read(self, sample: Sample) -> Due | None:
+        """Read a picture that lacks maps; None for one that is done or cannot be read."""
+        if readable(sample.path) != sample.path:
+            self.skipped[readable(sample.path)] = "its name is no UTF-8"
+            return None
+        try:
+            data = (self._data / sample.path).read_bytes()
+            digest = self._digests[sample.path] = digest_of(data)
+            names = [name for name in self._question.methods if not self._has(sample.path, digest, name)]
+            if not names:
+                return None
+            return Due(sample, digest, read_picture(data, self._archive.settings.preprocessing, self._limits.pixels), names)
+        except (ClientError, OSError) as reason:
+            self.skipped[sample.path] = str(reason)
+            return None
+
+    def _has(self, path: str, digest: str, name: str) -> bool:
+        record = self._records.find(path, digest, name)
+        return record is not None and (record[FAILED] is not None or map_path(self._out, record).exists())
+
+    def _explain(self, some: Sequence[Due]) -> None:
+        """Make the maps of some pictures together."""
+        every = zip(some, self._engine.logits([due.picture.input for due in some]), strict=True)
+        planned = [one for due, logits in every for one in self._plan(due, logits)]
+        for one, outcome in zip(planned, self._engine.run([one.job for one in planned]), strict=True):
+            self._keep(one, outcome)
+
+    def _plan(self, due: Due, logits: Tensor) -> Iterator[Planned]:
+        """Plan a picture's maps; of several classes that share its label the likeliest is explained."""
+        if not logits.isfinite().all():
+            self.skipped[due.sample.path] = "the model's logits are not finite numbers for this image"
+            return
+        predicted = self._question.target == PREDICTED
+        classes = [int(logits.argmax())] if predicted else self._archive.classes(due.sample.label)
+        target = max(classes, key=lambda index: float(logits[index]))
+        for name in due.names:
+            yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
+
+    def _keep(self, one: Planned, outcome: Finished[Attribution] | AttributionError) -> None:
+        """Write what came of a map, the record last; raises what is not the picture's own fault."""
+        record = self._facts(one)
+        if isinstance(outcome, NotFinite):
+            self._records.add(record | {FAILED: str(outcome)})
+        elif isinstance(outcome, AttributionError):
+            raise outcome
+        else:
+            target = Class(one.job.case.target, record["target"], record["target_probability"])
+            explanation = Explanation(one.job, outcome, target, self._question.parameters, one.due.picture)
+            self._write(record, explanation)
+            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.result.completeness_error}
+            self._records.add(record | {"parameters": explanation.used(), "signed": one.job.signed} | cost)
+
+    def _write(self, record: Record, explanation: Explanation) -> None:
+        """Write a map, its overlay, and what the model saw."""
+        path = map_path(self._out, record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, compact(explanation.values), allow_pickle=False)
+        explanation.drawn.overlay.save(overlay_path(self._out, record), quality=QUALITY)
+        seen = explanation.picture.seen.convert("RGB")
+        seen.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        seen.save(seen_path(self._out, record), quality=QUALITY)
+
+    def _facts(self, one: Planned) -> Record:
+        """Return what a record tells whatever came of the map."""
+        probabilities, predicted, sample = one.logits.softmax(0), int(one.logits.argmax()), one.due.sample
+        own, labels, target = self._archive.classes(sample.label), self._archive.labels, one.job.case.target
+        return {
+            "path": sample.path,
+            "digest": one.due.digest,
+            "map": one.name,
+            "settings": self._question.settings[one.name],
+            "method": NAMES[type(one.job.method)],
+            "label": sample.label,
+            "predicted": labels[predicted],
+            "probability": float(probabilities[predicted]),
+            "label_probability": float(probabilities[own].max()) if own else None,
+            "correct": predicted in own if own else None,
+            "target": labels[target],
+            "target_probability": float(probabilities[target]),
+            FAILED: None,
+        }
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand `explain`."""
+    command = subparsers.add_parser("explain", help="explain every picture of a folder", description=__doc__)
+    command.add_argument("name", help="the classifier: a folder of classifiers/, or an archive of the store")
+    command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
+    command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
+    command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
+    command.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
+    command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
+    command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
+    command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
+    command.set_defaults(carry_out=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Explain the folder that the command line names, write the gallery, and say what is in it."""
+    out = options.out or ROOT / "run" / "explained" / options.name
+    try:
+        _check_out(out, options.data)
+        archive = load_archive(options.name, options.store)
+        samples = find_samples(options.data, archive.labels)
+        if options.target == LABEL and samples[0].label is None:
+            raise Refused(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
+        run = Run(ask(archive, options.methods, options.target, dict(options.set)), options.data, out)
+        run.explain(samples, options.batch)
+    except (Refused, ClientError, AttributionError, ValueError, OSError) as reason:
+        print(f"explain: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    for path, why in run.skipped.items():
+        print(f"skipped {path}: {why}")
+    told = Told(options.name, archive.labels, options.data.resolve().name, options.target, run.skipped)
+    print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), told)}")
+    return 0
+
+
+def _check_out(out: Path, data: Path) -> None:
+    """Raise Refused where pages would be written over what is not theirs."""
+    check_apart(data, out)  # else the next run takes maps for pictures
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
+        raise Refused(f"--out: {out} holds something else; allowed: a new folder, or one that was written by this command")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: NAME=VALUE, such as max_error=0.01")
+    return name, value

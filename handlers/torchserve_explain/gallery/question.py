@@ -1,0 +1,107 @@
+"""What is asked: which pictures of a folder, which methods with which parameters, which class is explained."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from torchserve_explain.archiver import Refused
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import Case, Method
+from torchserve_explain.attribution.rows import Score
+from torchserve_explain.offline import SUFFIXES, Archive
+from torchserve_explain.serving.errors import shown
+from torchserve_explain.serving.parameters import Capabilities, Parameters, read_parameters
+
+PREDICTED, LABEL = "predicted", "label"  # the class that is explained
+APART = {"method", "target", "output", "values", "quality"}  # options of their own, or of an answer to a client
+NAMED = 20  # labels that an error names, the nearest ones
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture by its path in the folder, and its label where subfolders tell one."""
+
+    path: str
+    label: str | None
+
+
+def find_samples(folder: Path, labels: Sequence[str]) -> list[Sample]:
+    """Return a folder's pictures in order: those of a subfolder for each label, or unlabelled ones; raises Refused."""
+    if not folder.is_dir():
+        raise Refused(f"{folder} is no folder")
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    loose = _pictures(folder, folder.iterdir())
+    if subfolders and loose:
+        raise Refused(f"{folder} holds pictures beside subfolders, such as {loose[0].name}; allowed: one or the other")
+    for name in (path.name for path in subfolders):
+        if name not in labels:
+            near = ", ".join(get_close_matches(name, labels, NAMED, 0))
+            more = f" and {len(set(labels)) - NAMED} more" if len(set(labels)) > NAMED else ""
+            raise Refused(f"subfolder {shown(name)} is no label of the classifier; allowed: {near}{more}")
+    labelled = [(path, subfolder.name) for subfolder in subfolders for path in _pictures(folder, subfolder.rglob("*"))]
+    samples = [Sample(path.relative_to(folder).as_posix(), label) for path, label in (*labelled, *((p, None) for p in loose))]
+    if not samples:
+        raise Refused(f"{folder} holds no picture; allowed: names that end in {', '.join(sorted(SUFFIXES))}")
+    return samples
+
+
+def _pictures(folder: Path, paths: Iterator[Path]) -> list[Path]:
+    """Return the pictures among paths below a folder; what is hidden, or lies in something hidden, is none."""
+    pictures = (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in pictures if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every picture: the methods under the names that their maps get, and which class they explain."""
+
+    archive: Archive
+    parameters: Parameters
+    methods: dict[str, Method]
+    target: str
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """All that a map and its overlay depend on beside the picture, for each map's name, as a digest."""
+        asked, limits = self.parameters, self.archive.settings.explanations.limits
+        common = (self.archive.digest, self.target, asked.smoother(), asked.score, asked.seed, limits.path_evaluations)
+        drawing = (asked.colormap, asked.overlay, asked.clip)
+        return {name: digest_of(repr((common, drawing, method)).encode()) for name, method in self.methods.items()}
+
+    def job(self, name: str, image: Tensor, target: int, logits: Tensor) -> Job:
+        """Return the job of a map of an image [C, H, W] with logits [classes]."""
+        classifier, asked = self.archive.classifier, self.parameters
+        scores = logits if asked.score is Score.LOGIT else logits.softmax(0)
+        budget = self.archive.settings.explanations.limits.path_evaluations
+        placed = image.to(classifier.device, classifier.dtype)
+        case = Case(classifier, placed, target, asked.score, float(scores[target]), asked.seed, budget=budget)
+        return Job(self.methods[name], case, asked.smoother())
+
+
+def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str]) -> Question:
+    """Read the methods' names and `given` parameters as the server does, the archive's defaults beneath.
+
+    Raises Refused, ClientError or Unsupported, naming what is allowed.
+    """
+    allowed = [name for name in Parameters.model_fields if name not in APART]
+    if unknown := [name for name in given if name not in allowed]:
+        raise Refused(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
+    parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
+    chosen: dict[str, Method] = {}
+    for name in Capabilities(archive.classifier).choose(parameters.method, parameters.score):
+        for method in (several := parameters.methods(name)):
+            layer = getattr(method, "layer", None)
+            if layer is not None:
+                archive.classifier.grid_layer(layer)
+            chosen[name if len(several) == 1 else f"{name}-{layer}"] = method
+    return Question(archive, parameters, chosen, target)
+
+
+def digest_of(data: bytes) -> str:
+    """Return what tells contents apart."""
+    return hashlib.sha256(data).hexdigest()

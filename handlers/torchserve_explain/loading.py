@@ -1,0 +1,149 @@
+"""An archive's folder becomes a classifier: architecture, weights, labels."""
+
+import importlib.util
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import get_model, list_models
+
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.serving.settings import Settings
+
+log = logging.getLogger(__name__)
+WEIGHTS, LABELS, MODEL = "weights.safetensors", "index_to_name.json", "model.py"
+TIMM = "timm/"  # what an architecture of that library is called by
+
+
+def load_classifier(folder: Path, settings: Settings, device: torch.device | str = "cpu") -> tuple[Classifier, list[str]]:
+    """Load an unpacked archive; return its classifier and its labels (none: no names).
+
+    Raises ValueError where architecture, weights and labels do not fit each other.
+    """
+    network = build_network(settings.classifier.architecture, folder, load_file(folder / WEIGHTS))
+    preprocessing = settings.preprocessing
+    narrow = torch.bfloat16 if settings.explanations.arithmetic == "bfloat16" and _has_bfloat16(device) else None
+    try:
+        classifier = Classifier(network, preprocessing.normalization, preprocessing.size, device, narrow)
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot take a {preprocessing.size[0]}x{preprocessing.size[1]} image: {error}") from None
+    labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
+    if labels and len(labels) != classifier.classes:
+        raise ValueError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
+    return classifier, labels
+
+
+def _has_bfloat16(device: torch.device | str) -> bool:
+    """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
+    cuda = torch.device(device).type == "cuda"
+    has = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not has:
+        log.warning("explanations.arithmetic stays float32: this processor has no bfloat16")
+    return bool(has)
+
+
+def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build the network with as many classes as the weights have, and load them; raises ValueError saying what does not fit."""
+    build = _builder(architecture, folder)
+    network = build({})
+    classes = _classes_of(network.state_dict(), state)
+    if classes is not None:
+        network = build({"num_classes": classes})
+    missing, unknown, shapes = _misfits(network.state_dict(), state)
+    for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
+        if keys:
+            raise ValueError(
+                f"the weights do not fit {architecture}: {len(keys)} tensors {what}, such as {', '.join(keys[:3])}"
+            )
+    network.load_state_dict(dict(state))
+    return network
+
+
+def read_labels(path: Path) -> list[str]:
+    """Read class names: a JSON list, TorchServe's JSON {"0": name, ...}, or one name a line; raises ValueError."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        content: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        content = json.loads(text)
+    if isinstance(content, dict):
+        try:
+            content = [content[str(index)] for index in range(len(content))]
+        except KeyError as missing:
+            raise ValueError(f"{path.name}: class {missing} has no label; allowed: indices from 0 without a gap") from None
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path.name}: allowed: a list of names, or an object from index to name")
+    names = [name[-1] if isinstance(name, list) and name else name for name in content]  # ["n02123045", "tabby"]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path.name}: a label is not a string")
+    return names
+
+
+Builder = Callable[[dict[str, Any]], nn.Module]
+
+
+def _builder(architecture: str, folder: Path) -> Builder:
+    if architecture == MODEL:
+        return _own_builder(folder / MODEL)
+    if architecture.startswith(TIMM):
+        return _timm_builder(architecture.removeprefix(TIMM))
+    if architecture not in list_models(module=models):
+        raise ValueError(
+            f"architecture {architecture!r} is unknown; allowed: {MODEL}, a torchvision classifier such as resnet18, "
+            f"or {TIMM} and the name of one of timm's"
+        )
+    return lambda options: get_model(architecture, weights=None, **options)
+
+
+def _timm_builder(name: str) -> Builder:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"architecture {TIMM}{name}: the package timm is not installed") from None
+    if name not in timm.list_models():
+        raise ValueError(f"architecture {TIMM}{name} is unknown to timm {timm.__version__}")
+    return lambda options: timm.create_model(name, **options)
+
+
+def _own_builder(path: Path) -> Builder:
+    """Find the nn.Module that model.py defines: its only public one, or the one called Model."""
+    if not path.exists():
+        raise ValueError(f"architecture: {MODEL} does not exist")
+    spec = importlib.util.spec_from_file_location("model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == "model" and not name.startswith("_")
+    }
+    chosen = found.get("Model") or (next(iter(found.values())) if len(found) == 1 else None)
+    if chosen is None:
+        raise ValueError(f"{MODEL} must define one public nn.Module, or call it Model; it defines {', '.join(found) or 'none'}")
+    resizable = "num_classes" in inspect.signature(chosen).parameters
+    return lambda options: chosen(**options) if resizable else chosen()
+
+
+def _classes_of(built: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:
+    """Return the weights' number of classes where it is all that distinguishes them from what was built."""
+    other = {
+        (len(built[key]), len(state[key]))
+        for key in built.keys() & state.keys()
+        if built[key].shape != state[key].shape and built[key].dim() and state[key].dim()
+    }
+    return next(iter(other))[1] if len(other) == 1 else None
+
+
+def _misfits(built: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    both = built.keys() & state.keys()
+    shapes = (f"{key} {list(state[key].shape)} for {list(built[key].shape)}" for key in sorted(both))
+    differing = [text for text, key in zip(shapes, sorted(both), strict=True) if built[key].shape != state[key].shape]
+    return sorted(built.keys() - both), sorted(state.keys() - both), differing

@@ -1,0 +1,1 @@
+"""Servers that host the service."""

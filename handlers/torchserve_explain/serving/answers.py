@@ -1,0 +1,253 @@
+"""Explanations become answers: JSON, PNG, NPY, HTML; each a body and its content type."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from torchserve_explain.attribution.engine import Finished
+from torchserve_explain.attribution.errors import AttributionError
+from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.methods import METHODS, Attribution
+from torchserve_explain.attribution.quality import Measured, Quality
+from torchserve_explain.serving.capabilities import first_sentence
+from torchserve_explain.serving.images import Picture
+from torchserve_explain.serving.parameters import Parameters
+from torchserve_explain.serving.pictures import (
+    Cell,
+    Map,
+    Scale,
+    compact,
+    contact_sheet,
+    draw_heatmap,
+    draw_overlay,
+    draw_scale,
+    png,
+    reduced,
+    small_png,
+    with_scale,
+)
+
+HERE = Path(__file__).parent
+NAMES = {method: name for name, method in METHODS.items()}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back to a client."""
+
+    body: bytes
+    content_type: str
+    status: int = 200
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class and what the model says of it for this image."""
+
+    index: int
+    label: str
+    probability: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the contract's form of it."""
+        return {"index": self.index, "label": self.label, "probability": self.probability}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One finished map of one request, ready to be told and drawn."""
+
+    job: Job
+    explained: Finished[Attribution]
+    target: Class
+    parameters: Parameters
+    picture: Picture
+    measured: dict[str, tuple[Quality, Finished[Measured] | AttributionError]] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return NAMES[type(self.job.method)]
+
+    @cached_property
+    def values(self) -> Map:
+        """The map [H, W], summed over channels."""
+        return self.explained.result.map.sum(0).float().cpu().numpy()
+
+    def used(self) -> dict[str, object]:
+        """Return the parameters that made this map, as the method took them."""
+        method = self.job.method
+        own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+        if own.get("steps") is not None:
+            own.pop("max_error", None)
+        if "layer" in own:
+            own["layer"] = self.job.case.classifier.grid_layer(str(own["layer"]))
+        if (smoothing := self.job.smoothing) is not None:
+            own |= {"smoothing": smoothing.kind, "samples": smoothing.samples, "stdev": smoothing.stdev}
+        own |= {"score": self.job.case.score, "seed": self.job.case.seed}
+        return {key: value for key, value in own.items() if value is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the contract's form of the explanation."""
+        attribution, drawn = self.explained.result, self.drawn
+        told: dict[str, Any] = {
+            "method": self.method,
+            "target": self.target.as_json() | {"score": self.job.case.known_score},
+            "parameters": self.used(),
+            "evaluations": self.explained.evaluations,
+            "completeness_error": attribution.completeness_error,
+            "baseline_score": attribution.baseline_score,
+            "quality": {name: _value(outcome) for name, (_, outcome) in self.measured.items()},
+            "heatmap": {
+                "width": drawn.heatmap.width,
+                "height": drawn.heatmap.height,
+                "minimum": float(self.values.min()),
+                "maximum": float(self.values.max()),
+                "scale": {"colormap": drawn.scale.colormap, "from": drawn.scale.lowest, "to": drawn.scale.limit},
+                "overlay_png": _base64(small_png(drawn.overlay)),
+                "heatmap_png": _base64(png(drawn.heatmap)),
+            },
+            "milliseconds": round(1000 * self.explained.seconds, 1),
+        }
+        if self.measured:
+            told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
+        if self.parameters.values:
+            told["values"] = _encoded(self.values)
+        return told
+
+    @cached_property
+    def drawn(self) -> "Drawn":
+        """The map's pictures."""
+        values, seen = reduced(self.values, self.picture.seen)
+        scale = Scale.of(values, self.job.signed, self.parameters.colormap, self.parameters.clip)
+        overlay = draw_overlay(values, scale, seen, self.parameters.overlay)
+        return Drawn(scale, draw_heatmap(values, scale), overlay)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A map's pictures and the scale they share."""
+
+    scale: Scale
+    heatmap: Image.Image
+    overlay: Image.Image
+
+
+@dataclass(frozen=True)
+class Told:
+    """Everything that an answer to one image tells."""
+
+    model: dict[str, str]
+    predicted: Class
+    top: Sequence[Class]
+    picture: Picture
+    explanations: Sequence[Explanation]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the contract's JSON answer."""
+        picture = self.picture
+        return {
+            "model": self.model,
+            "predicted": self.predicted.as_json(),
+            "image": {"width": picture.width, "height": picture.height, "crop": picture.crop},
+            "explanations": [explanation.as_json() for explanation in self.explanations],
+        }
+
+
+def as_json(told: Told) -> Answer:
+    """Answer the numbers and the pictures as JSON."""
+    return json_answer(told.as_json())
+
+
+def as_png(told: Told) -> Answer:
+    """Answer the overlay with its scale, or a labelled contact sheet of several."""
+    if len(told.explanations) == 1:
+        drawn = told.explanations[0].drawn
+        return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
+    predicted = told.predicted
+    cells = [Cell(told.picture.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
+    cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in told.explanations]
+    return Answer(png(contact_sheet(cells)), "image/png")
+
+
+def as_npy(told: Told) -> Answer:
+    """Answer the maps as one float32 array [methods x targets, H, W] in NumPy's format."""
+    stream = io.BytesIO()
+    np.save(stream, np.stack([explanation.values for explanation in told.explanations]), allow_pickle=False)
+    return Answer(stream.getvalue(), "application/x-npy")
+
+
+def as_html(told: Told) -> Answer:
+    """Answer one self-contained page for a person to read or print."""
+    maps = [
+        {
+            "explanation": explanation,
+            "overlay": _base64(small_png(explanation.drawn.overlay)),
+            "heatmap": _base64(png(explanation.drawn.heatmap)),
+            "scale": _base64(png(draw_scale(explanation.drawn.scale, explanation.drawn.overlay.width))),
+        }
+        for explanation in told.explanations
+    ]
+    html = _templates().get_template("report.html").render(told=told, seen=_base64(small_png(told.picture.seen)), maps=maps)
+    return Answer(html.encode(), "text/html; charset=utf-8")
+
+
+RENDERERS: dict[str, Callable[[Told], Answer]] = {"json": as_json, "png": as_png, "npy": as_npy, "html": as_html}
+
+
+def json_answer(content: object, status: int = 200) -> Answer:
+    """Answer JSON; numbers that JSON has no word for are a fault of ours and raise ValueError."""
+    return Answer(json.dumps(content, allow_nan=False).encode(), "application/json", status)
+
+
+def describe(explanation: Explanation) -> str:
+    """Say in a few words what was explained, and with what error."""
+    told = f"{explanation.target.label}, {explanation.target.probability:.1%}"
+    if (layer := explanation.used().get("layer")) is not None:
+        told += f", {layer}"
+    error = explanation.explained.result.completeness_error
+    return told if error is None else f"{told}, completeness error {error:.1%}"
+
+
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
+    environment.filters |= {"describe": describe, "points": _points, "meaning": lambda one: first_sentence(type(one))}
+    return environment
+
+
+def _points(curve: Sequence[float]) -> str:
+    """Return a curve of values from 0 to 1 as the points of a line in a box of 100 by 50."""
+    step = 100 / (len(curve) - 1)
+    return " ".join(f"{place * step:.1f},{50 * (1 - value):.1f}" for place, value in enumerate(curve))
+
+
+def _encoded(values: Map) -> dict[str, Any]:
+    """Return the map's values for JSON."""
+    stored = compact(values)
+    return {"dtype": stored.dtype.name, "shape": list(stored.shape), "data": _base64(stored.tobytes())}
+
+
+def _value(outcome: Finished[Measured] | AttributionError) -> float | None:
+    return None if isinstance(outcome, AttributionError) else outcome.result.value
+
+
+def _details(quality: Quality, finished: Finished[Measured] | AttributionError) -> dict[str, Any]:
+    """Return what a quality was measured with, what it cost, its curve if it has one, or why it was not measured."""
+    if isinstance(finished, AttributionError):
+        return quality.settings() | {"reason": str(finished)}
+    told = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
+    curve = finished.result.curve
+    return told if curve is None else told | {"curve": [round(point, 4) for point in curve]}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,193 @@
+"""What a client may ask for, what is allowed, and how it is read from forms, JSON, paths and archives."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
+from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.biased_layer import Reduction
+from torchserve_explain.attribution.methods.lrp import Composite
+from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.quality import QUALITIES, Quality
+from torchserve_explain.attribution.rows import Score
+from torchserve_explain.serving.colormaps import COLORMAPS
+from torchserve_explain.serving.errors import bad_request, shown
+
+LONGEST_LIST = 1000  # far beyond every limit, and short enough to be looked at item by item
+Output = Literal["json", "png", "npy", "html"]
+
+
+def _listed(value: object) -> object:
+    """Read a comma list or a JSON array as a tuple of its items; the items of an array are not split."""
+    if isinstance(value, str):
+        return tuple(item.strip() for item in value.split(","))
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _without_bool(value: object) -> object:
+    """A JSON true is not the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a boolean is not a number")
+    return value
+
+
+def _one_of(values: Iterable[str]) -> str:
+    return "one of " + ", ".join(values)
+
+
+Whole = Annotated[int, BeforeValidator(_without_bool)]
+Number = Annotated[float, BeforeValidator(_without_bool), Field(allow_inf_nan=False)]
+Target = Annotated[str | int, BeforeValidator(_without_bool)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+QualityName = Annotated[str, Field(pattern=f"^({'|'.join(QUALITIES)}|all)$")]
+
+
+class Parameters(BaseModel):
+    """An explanation's parameters; None leaves the choice to the method. A field's description says what is allowed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Names = Field(("integrated_gradients",), description="names of methods, or 'all'")
+    # A label may hold a comma, so a string is split only when the classes are known.
+    target: Target | Annotated[tuple[Target, ...], Field(min_length=1)] | None = Field(
+        None, description="a class index, a label, or a list of them"
+    )
+    output: Output = Field("json", description=_one_of(("json", "png", "npy", "html")))
+    values: bool = Field(False, description="true or false")
+    baseline: Baseline | None = Field(None, description=_one_of(Baseline))
+    max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")
+    steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
+    samples: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
+    stdev: Number | None = Field(None, ge=0, le=1, description="a fraction of the input's range from 0 to 1")
+    smoothing: Kind | None = Field(None, description=_one_of(Kind))
+    score: Score = Field(Score.LOGIT, description=_one_of(Score))
+    layer: Names = Field(("last",), description="a module's dotted name, 'last', or a list of them")
+    gamma: Number | None = Field(None, ge=0, le=100, description="a number from 0 to 100")
+    reduction: Reduction | None = Field(None, description=_one_of(Reduction))
+    composite: Composite | None = Field(None, description=_one_of(Composite))
+    quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
+        (), description=f"one or more of {', '.join(QUALITIES)}, or 'all'", json_schema_extra={"enum": list(QUALITIES)}
+    )
+    seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    colormap: str | None = Field(
+        None,
+        pattern=f"^({'|'.join(COLORMAPS)})$",
+        description=_one_of(COLORMAPS),
+        json_schema_extra={"enum": list(COLORMAPS)},
+    )
+    overlay: Number = Field(0.5, ge=0, le=1, description="an opacity from 0 to 1")
+    clip: Number = Field(99, gt=0, le=100, description="a percentile above 0, at most 100")
+
+    def methods(self, name: str) -> list[Method]:
+        """Return the named method with these parameters: one, or one for each layer where it has a layer."""
+        kind = METHODS[name]
+        own = {f.name: getattr(self, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+        chosen = {key: value for key, value in own.items() if value is not None}
+        if (smoothing := self.smoother()) is not None:  # samples and stdev mean the same inside and outside
+            chosen |= {key: getattr(smoothing, key) for key in own if key in ("samples", "stdev")}
+        layers = chosen.pop("layer", None)
+        return [kind(**chosen)] if layers is None else [kind(**chosen | {"layer": layer}) for layer in layers]
+
+    def qualities(self) -> dict[str, Quality]:
+        """Return the qualities asked for."""
+        return {name: QUALITIES[name]() for name in (QUALITIES if "all" in self.quality else self.quality)}
+
+    def smoother(self) -> Smoothing | None:
+        """Return the smoothing asked for."""
+        if self.smoothing is None:
+            return None
+        chosen = {"samples": self.samples, "stdev": self.stdev}
+        return Smoothing(self.smoothing, **{key: value for key, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+
+
+def read_parameters(*layers: Mapping[str, object]) -> Parameters:
+    """Merge layers, weakest first, and check them; raises ClientError 400 naming parameter, value and what is allowed."""
+    merged: dict[str, object] = {}
+    for layer in layers:
+        given = {key: value for key, value in layer.items() if value is not None}  # JSON null: not given
+        if "max_error" in given:
+            merged.pop("steps", None)  # steps chosen by a weaker layer would silence it
+        merged |= given
+    known = Parameters.model_fields
+    for name, value in merged.items():
+        if name not in known:
+            raise bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(known)}")
+        if isinstance(value, list) and len(value) > LONGEST_LIST:
+            raise bad_request(f"{name}: a list of {len(value)} items is not allowed; allowed: at most {LONGEST_LIST}")
+    try:
+        return Parameters.model_validate(merged)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise bad_request(f"{name}: {shown(merged[name])} is not allowed; allowed: {known[name].description}") from None
+
+
+class Capabilities:
+    """Which methods serve a classifier, and why the others do not."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.refused = {name: why for name, method in METHODS.items() if (why := _refusal(method, classifier))}
+        self.methods = [name for name in METHODS if name not in self.refused]
+
+    def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
+        """Return the names with `all` spelt out: what serves the model and the score.
+
+        Raises ClientError 400 for a name that is unknown or cannot serve.
+        """
+        suited = [name for name in self.methods if score is Score.LOGIT or METHODS[name].explains_probability]
+        chosen: list[str] = []
+        for name in names:
+            if name in self.refused:
+                raise bad_request(f"method: {name} cannot serve this model: {self.refused[name]}")
+            if name != "all" and name not in self.methods:
+                raise bad_request(f"method: {shown(name)} is unknown; allowed: {', '.join(self.methods)}, all")
+            if name != "all" and name not in suited:
+                raise bad_request(f"score: {name} has no rule for the softmax; allowed: logit")
+            chosen += suited if name == "all" else [name]
+        return chosen
+
+
+def _refusal(method: type[Method], classifier: Classifier) -> str | None:
+    if method.needs_gradient and not classifier.differentiable:
+        return "no gradient leads from its logits to the image"
+    return method.unsupported(classifier)
+
+
+class Labels:
+    """The classes' names; without labels a class is called by its index."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self._indices: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            self._indices.setdefault(name, []).append(index)
+
+    def targets(self, asked: tuple[str | int, ...] | str | int) -> list[int]:
+        """Return the class indices asked for; raises ClientError 400 for one that does not exist or is shared."""
+        if isinstance(asked, str) and asked not in self._indices:
+            return [self._index(item.strip()) for item in asked.split(",")]
+        return [self._index(item) for item in (asked if isinstance(asked, tuple) else (asked,))]
+
+    def _index(self, item: str | int) -> int:
+        if isinstance(item, int) or (item.isascii() and item.isdecimal() and len(item) < 20):
+            if 0 <= int(item) < len(self.names):
+                return int(item)
+            raise bad_request(
+                f"target: {shown(item)} is not a class; allowed: an index from 0 to {len(self.names) - 1}, or a label"
+            )
+        indices = self._indices.get(item, [])
+        if len(indices) > 1:
+            raise bad_request(f"target: the label {shown(item)} is shared by the classes {_few(indices)}; give an index")
+        if not indices:
+            raise bad_request(
+                f"target: {shown(item)} is no label; allowed: an index from 0 to {len(self.names) - 1}, or a label"
+            )
+        return indices[0]
+
+
+def _few(indices: list[int]) -> str:
+    """List indices, the first twenty of many."""
+    return ", ".join(map(str, indices[:20])) + (", ..." if len(indices) > 20 else "")

@@ -1,0 +1,113 @@
+"""An archive's settings: the sections that model-config.yaml holds for the handler, beside TorchServe's own keys."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from torchvision import transforms
+
+from torchserve_explain.attribution.classifier import Normalization
+
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+class Section(BaseModel):
+    """Settings are read-only, and a misspelt key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Preprocessing(Section):
+    """How an image becomes the model's input: resize (shorter side, or [height, width]), centre crop, normalise."""
+
+    resize: Size | None = 256
+    crop: Size | None = 224
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _fixed_size(self) -> "Preprocessing":
+        if len(self.mean) != len(self.std) or len(self.mean) == 2:
+            raise ValueError("mean and std hold three numbers each, or one for a greyscale model")
+        if self.crop is None and not isinstance(self.resize, tuple):
+            raise ValueError("without a crop, resize must be [height, width], so that images can share a batch")
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        size = self.resize if self.crop is None else self.crop
+        return size if isinstance(size, tuple) else (size or 0, size or 0)
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and std as the engine wants them."""
+        return Normalization(self.mean, self.std)
+
+    @property
+    def interpolation_mode(self) -> transforms.InterpolationMode:
+        """The interpolation as torchvision names it."""
+        return transforms.InterpolationMode(self.interpolation)
+
+
+class Limits(Section):
+    """What one request may ask for (422 or 413 beyond it), and what the worker spends on a batch."""
+
+    evaluations: PositiveInt = 4000  # rows a request
+    path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
+    methods: PositiveInt = 20
+    targets: PositiveInt = 5
+    layers: PositiveInt = 5
+    instances: PositiveInt = 16  # images in one KServe request
+    explanations: PositiveInt = 100  # maps in one request
+    pixels: PositiveInt = 50_000_000  # of a decoded image
+    answer_bytes: PositiveInt = 6_000_000  # TorchServe's max_response_size kills the worker beyond 6,553,500
+    pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
+    seconds: PositiveFloat = 60.0  # a batch; below responseTimeout, which kills the worker
+
+
+class Explanations(Section):
+    """The archive's own defaults of a client's parameters, its limits, and the arithmetic of rows without a gradient.
+
+    In bfloat16 those rows take half the time where the processor has it, and maps move a little; elsewhere, and for
+    predictions and gradients, it stays float32.
+    """
+
+    arithmetic: Literal["float32", "bfloat16"] = "float32"
+    defaults: dict[str, Any] = {}
+    limits: Limits = Limits()
+
+
+class Architecture(Section):
+    """The network: a torchvision name, or `model.py` of the archive."""
+
+    architecture: str
+
+
+class Settings(BaseModel):
+    """What the handler reads of model-config.yaml; TorchServe's keys stand beside it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    classifier: Architecture
+    preprocessing: Preprocessing = Preprocessing()
+    explanations: Explanations = Explanations()
+    responseTimeout: PositiveInt = 120  # noqa: N815 (TorchServe's name and default)
+    minWorkers: PositiveInt = 1  # noqa: N815
+    maxWorkers: PositiveInt = 1  # noqa: N815
+    batchSize: PositiveInt = 1  # noqa: N815
+
+    @model_validator(mode="after")
+    def _deadline_before_timeout(self) -> "Settings":
+        if self.explanations.limits.seconds > 0.9 * self.responseTimeout:
+            raise ValueError("explanations.limits.seconds must be at most 0.9 of responseTimeout, which kills the worker")
+        return self
+
+
+def read_settings(config: dict[str, Any]) -> Settings:
+    """Check the sections of a model-config.yaml; raises ValueError with one line for each key that is wrong."""
+    try:
+        return Settings.model_validate(config)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'model-config.yaml'}: {e['msg']}" for e in error.errors()]
+        raise ValueError("model-config.yaml: " + "; ".join(lines)) from None
