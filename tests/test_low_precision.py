@@ -9,6 +9,7 @@ from conftest import NORMALIZATION, ROOT, SIZE, small_cnn
 from safetensors.torch import save_file
 from torch import nn
 
+from torchserve_explain import loading
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
@@ -19,7 +20,6 @@ from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedGradCam
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.rows import Score
-from torchserve_explain.serving import loading
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import read_settings
 
