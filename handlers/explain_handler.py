@@ -75,5 +75,5 @@ class ExplainHandler:
             dimensions, explained = [model, explanation.method], explanation.explained
             self._metrics["ExplainSeconds"].add_or_update(explained.seconds, dimensions)
             self._metrics["ExplainEvaluations"].add_or_update(explained.evaluations, dimensions)
-            if (error := explained.result.completeness_error) is not None:
+            if (error := explained.value.completeness_error) is not None:
                 self._metrics["ExplainCompletenessError"].add_or_update(error, dimensions)

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from torchserve_explain.archiver import Refused
-from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.computation import Result
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.errors import AttributionError, NotFinite
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
@@ -156,7 +157,7 @@ class Run:
         for name in due.names:
             yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
 
-    def _keep(self, one: Planned, outcome: Finished[Attribution] | AttributionError) -> None:
+    def _keep(self, one: Planned, outcome: Result[Attribution] | AttributionError) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
         record = self._facts(one)
         if isinstance(outcome, NotFinite):
@@ -167,7 +168,7 @@ class Run:
             target = Class(one.job.case.target, record["target"], record["target_probability"])
             explanation = Explanation(one.job, outcome, target, self._question.parameters, one.due.picture)
             self._write(record, explanation)
-            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.result.completeness_error}
+            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.value.completeness_error}
             self._records.add(record | {"parameters": explanation.used(), "signed": one.job.signed} | cost)
 
     def _write(self, record: Record, explanation: Explanation) -> None:

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from torchserve_explain.attribution.engine import Finished
+from torchserve_explain.attribution.computation import Result
 from torchserve_explain.attribution.errors import AttributionError
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Attribution
@@ -67,11 +67,11 @@ class Explanation:
     """One finished map of one request, ready to be told and drawn."""
 
     job: Job
-    explained: Finished[Attribution]
+    explained: Result[Attribution]
     target: Class
     parameters: Parameters
     picture: Picture
-    measured: dict[str, tuple[Quality, Finished[Measured] | AttributionError]] = field(default_factory=dict)
+    measured: dict[str, tuple[Quality, Result[Measured] | AttributionError]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -81,7 +81,7 @@ class Explanation:
     @cached_property
     def values(self) -> Map:
         """The map [H, W], summed over channels."""
-        return self.explained.result.map.sum(0).float().cpu().numpy()
+        return self.explained.value.map.sum(0).float().cpu().numpy()
 
     def used(self) -> dict[str, object]:
         """Return the parameters that made this map, as the method took them."""
@@ -98,7 +98,7 @@ class Explanation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of the explanation."""
-        attribution, drawn = self.explained.result, self.drawn
+        attribution, drawn = self.explained.value, self.drawn
         told: dict[str, Any] = {
             "method": self.method,
             "target": self.target.as_json() | {"score": self.job.case.known_score},
@@ -214,7 +214,7 @@ def describe(explanation: Explanation) -> str:
     told = f"{explanation.target.label}, {explanation.target.probability:.1%}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
-    error = explanation.explained.result.completeness_error
+    error = explanation.explained.value.completeness_error
     return told if error is None else f"{told}, completeness error {error:.1%}"
 
 
@@ -236,16 +236,16 @@ def _encoded(values: Map) -> dict[str, Any]:
     return {"dtype": stored.dtype.name, "shape": list(stored.shape), "data": _base64(stored.tobytes())}
 
 
-def _value(outcome: Finished[Measured] | AttributionError) -> float | None:
-    return None if isinstance(outcome, AttributionError) else outcome.result.value
+def _value(outcome: Result[Measured] | AttributionError) -> float | None:
+    return None if isinstance(outcome, AttributionError) else outcome.value.value
 
 
-def _details(quality: Quality, finished: Finished[Measured] | AttributionError) -> dict[str, Any]:
+def _details(quality: Quality, finished: Result[Measured] | AttributionError) -> dict[str, Any]:
     """Return what a quality was measured with, what it cost, its curve if it has one, or why it was not measured."""
     if isinstance(finished, AttributionError):
         return quality.settings() | {"reason": str(finished)}
     told = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
-    curve = finished.result.curve
+    curve = finished.value.curve
     return told if curve is None else told | {"curve": [round(point, 4) for point in curve]}
 
 

@@ -8,7 +8,8 @@ from http import HTTPStatus
 from typing import Any
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.computation import Result
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.errors import AttributionError, NotFinite
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case
@@ -93,7 +94,7 @@ class Service:
         """The methods that cannot serve the classifier, and why."""
         return self._planner.capabilities.refused
 
-    def warm_up(self) -> Finished[Attribution] | AttributionError:
+    def warm_up(self) -> Result[Attribution] | AttributionError:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
         classifier = self._engine.classifier
         self._engine.logits([classifier.example[0]])
@@ -157,7 +158,7 @@ class Service:
     def _measure(self, exchanges: Sequence[Exchange], deadline: float) -> None:
         """Measure the qualities that requests ask for, again together; one that cannot be takes no explanation with it."""
         asked = [
-            (explanation, name, Measurement(quality, explanation.job, explanation.explained.result))
+            (explanation, name, Measurement(quality, explanation.job, explanation.explained.value))
             for exchange in exchanges
             if exchange.finished is None
             for explanation in (explanation for image in exchange.explanations for explanation in image)
@@ -167,7 +168,7 @@ class Service:
         for (explanation, name, measurement), outcome in zip(asked, outcomes, strict=True):
             explanation.measured[name] = (measurement.quality, outcome)
 
-    def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Finished[Attribution] | AttributionError]) -> None:
+    def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Result[Attribution] | AttributionError]) -> None:
         explanations: list[Explanation] = []
         for job, outcome in zip(plan.jobs, found, strict=True):
             if isinstance(outcome, AttributionError):
