@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.errors import AttributionError, DeadlinePassed, OutOfMemory
 from torchserve_explain.attribution.rows import Asking, Evaluation, Rows, Rule
+from torchserve_explain.errors import AttributionError, DeadlinePassed, OutOfMemory
 
 log = logging.getLogger(__name__)
 LATE = "out of time before the batch's deadline; ask for fewer methods, steps or samples"

@@ -5,9 +5,9 @@ from math import isfinite
 
 import torch
 
-from torchserve_explain.attribution.errors import NotFinite, Unsupported
 from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
 from torchserve_explain.attribution.rows import Asking, Score
+from torchserve_explain.errors import NotFinite, Unsupported
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register, scores_into, stacked
 from torchserve_explain.attribution.rows import Asking, Evaluation, Layer, Rows
+from torchserve_explain.errors import Unsupported
 
 
 @dataclass(frozen=True)
