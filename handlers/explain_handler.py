@@ -29,7 +29,7 @@ class ExplainHandler:
     """Serves an archive's classifier: predictions and explanations."""
 
     def initialize(self, context: Any) -> None:
-        """Load the archive onto the device that TorchServe gives; raises ValueError where it does not fit together."""
+        """Load the archive onto the device that TorchServe gives; raises ArchiveError where it does not fit together."""
         properties = context.system_properties
         gpu = properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"

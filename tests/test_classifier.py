@@ -7,12 +7,12 @@ from torch import nn
 from torchvision.models import get_model
 
 from torchserve_explain.attribution.classifier import Classifier, Normalization
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.layers import find_spatial_layers
 from torchserve_explain.attribution.methods.guided import GuidedRelus
 from torchserve_explain.attribution.methods.lrp import Composite, Relevance
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.parameters import Capabilities
 
 

@@ -8,7 +8,6 @@ from conftest import NORMALIZATION, SIZE, small_cnn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
@@ -18,6 +17,7 @@ from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.smoothing import Kind
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
 
 
 def state_of(module):

@@ -9,7 +9,6 @@ from torch import nn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.errors import AttributionError
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
@@ -18,6 +17,7 @@ from torchserve_explain.attribution.methods.gradient import InputXGradient, Sali
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.smoothing import Kind
 from torchserve_explain.attribution.quality import QUALITIES, Deletion, Infidelity, Insertion, MaxSensitivity, Measurement
+from torchserve_explain.errors import AttributionError
 
 TARGET = 1
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
 from torchserve_explain.attribution.stem import find_stem, passing
+from torchserve_explain.errors import Unsupported
 
 log = logging.getLogger(__name__)
 

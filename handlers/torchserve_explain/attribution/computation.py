@@ -11,8 +11,8 @@ from functools import partial
 from math import inf
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
-from torchserve_explain.attribution.errors import AttributionError
 from torchserve_explain.attribution.rows import Rows
+from torchserve_explain.errors import ExplainError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class Result(Generic[T]):
     seconds: float
 
 
-Outcome = Result[T] | AttributionError
+Outcome = Result[T] | ExplainError
 
 
 class Call(Generic[T]):
@@ -127,6 +127,6 @@ def together(computations: Iterable[Computation[T]], collect: Callable[[T], None
 
 def succeeded(outcome: Outcome[T]) -> Result[T]:
     """Return a result, or raise the error that came instead."""
-    if isinstance(outcome, AttributionError):
+    if isinstance(outcome, ExplainError):
         raise outcome
     return outcome

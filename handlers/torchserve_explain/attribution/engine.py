@@ -18,10 +18,10 @@ from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Call, Computation, Need, Outcome, Piece, Result, Work, succeeded
-from torchserve_explain.attribution.errors import AttributionError, DeadlinePassed, OutOfMemory
 from torchserve_explain.attribution.policy import Kind, Paces, PackLimit, first_to_last, remaining_seconds
 from torchserve_explain.attribution.rows import Evaluation, Rows
 from torchserve_explain.attribution.tasks import Block, RunningGroup, Slice, Task
+from torchserve_explain.errors import AttributionError, DeadlinePassed, ExplainError, OutOfMemory
 
 log = logging.getLogger(__name__)
 LATE = "out of time before the request's deadline; ask for fewer methods, steps or samples"
@@ -96,7 +96,7 @@ class Engine:
         return [task.outcome for task in tasks if task.outcome is not None]
 
     def results(self, works: Sequence[Work[T]]) -> list[Result[T]]:
-        """Return each work's result; raises the first AttributionError met."""
+        """Return each work's result; raises the first error met."""
         return [succeeded(outcome) for outcome in self.run(works)]
 
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -135,7 +135,7 @@ class Engine:
         except StopIteration as end:
             self._end(task, Result(end.value, task.evaluations, task.seconds))
         except Exception as raised:
-            self._end(task, _as_attribution_error(raised, task))
+            self._end(task, _as_explain_error(raised, task))
         else:
             for need in needs:
                 self._guarded(task, lambda need=need: self._ask(task, need))  # type: ignore[misc]
@@ -365,9 +365,9 @@ def _family(task: Task[Any]) -> Iterator[Task[Any]]:
     yield task
 
 
-def _as_attribution_error(error: Exception, task: Task[Any]) -> AttributionError:
-    """Return an error as the outcome of a task; one that is not an AttributionError is a fault of ours and is logged."""
-    if isinstance(error, AttributionError):
+def _as_explain_error(error: Exception, task: Task[Any]) -> ExplainError:
+    """Return an error as the outcome of a task; one that is not an ExplainError is a fault of ours and is logged."""
+    if isinstance(error, ExplainError):
         return error
     log.error("%s failed", type(task.work).__name__, exc_info=error)
     return AttributionError("the explanation failed inside the server; its log says why")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.computation import Computation, together
-from torchserve_explain.attribution.errors import NotFinite
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Draw, scores_into, stacked
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import NotFinite
 
 QUALITIES: dict[str, type["Quality"]] = {}
 

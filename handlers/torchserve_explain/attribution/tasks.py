@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from torchserve_explain.attribution.computation import Call, Group, Outcome, Work
-from torchserve_explain.attribution.errors import AttributionError
 from torchserve_explain.attribution.rows import Evaluation, Rows
+from torchserve_explain.errors import AttributionError
 
 T = TypeVar("T")
 

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from torchserve_explain.attribution.computation import Result
-from torchserve_explain.attribution.errors import AttributionError
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Attribution
 from torchserve_explain.attribution.quality import Measured, Quality
+from torchserve_explain.errors import AttributionError
 from torchserve_explain.serving.capabilities import first_sentence
 from torchserve_explain.serving.images import Picture
 from torchserve_explain.serving.parameters import Parameters

@@ -105,7 +105,7 @@ class Parameters(BaseModel):
 
 
 def read_parameters(*layers: Mapping[str, object]) -> Parameters:
-    """Merge layers, weakest first, and check them; raises ClientError 400 naming parameter, value and what is allowed."""
+    """Merge layers, weakest first, and check them; raises RequestError 400 naming parameter, value and what is allowed."""
     merged: dict[str, object] = {}
     for layer in layers:
         given = {key: value for key, value in layer.items() if value is not None}  # JSON null: not given
@@ -135,7 +135,7 @@ class Capabilities:
     def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
         """Return the names with `all` spelt out: what serves the model and the score.
 
-        Raises ClientError 400 for a name that is unknown or cannot serve.
+        Raises RequestError 400 for a name that is unknown or cannot serve.
         """
         suited = [name for name in self.methods if score is Score.LOGIT or METHODS[name].explains_probability]
         chosen: list[str] = []
@@ -166,7 +166,7 @@ class Labels:
             self._indices.setdefault(name, []).append(index)
 
     def targets(self, asked: tuple[str | int, ...] | str | int) -> list[int]:
-        """Return the class indices asked for; raises ClientError 400 for one that does not exist or is shared."""
+        """Return the class indices asked for; raises RequestError 400 for one that does not exist or is shared."""
         if isinstance(asked, str) and asked not in self._indices:
             return [self._index(item.strip()) for item in asked.split(",")]
         return [self._index(item) for item in (asked if isinstance(asked, tuple) else (asked,))]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case, Method
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.capabilities import capability_report
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
 from torchserve_explain.serving.images import Picture
@@ -74,7 +74,7 @@ class Planner:
         return report | {"arithmetic": str(narrow).removeprefix("torch.")}
 
     def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
-        """Return a plan for each image; raises ClientError where a request asks for what is not there or not allowed."""
+        """Return a plan for each image; raises RequestError where a request asks for what is not there or not allowed."""
         plans: list[Plan] = []
         for place, (instance, prepared) in enumerate(zip(request.instances, images, strict=True)):
             with request.naming(place):
@@ -103,7 +103,7 @@ class Planner:
         return [self._checked(method) for name in names for method in parameters.methods(name)]
 
     def _checked(self, method: Method) -> Method:
-        """Return the method if the layer it names exists; raises ClientError 400."""
+        """Return the method if the layer it names exists; raises RequestError 400."""
         layer = getattr(method, "layer", None)
         if layer is not None:
             try:
@@ -137,7 +137,7 @@ class Planner:
 
 
 def top_k(instance: Instance, classes: int) -> int:
-    """Return how many classes a prediction tells, 5 unless asked otherwise; raises ClientError 400."""
+    """Return how many classes a prediction tells, 5 unless asked otherwise; raises RequestError 400."""
     for name in instance.fields:
         if name != "top_k":
             raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: data, top_k")

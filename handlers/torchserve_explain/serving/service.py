@@ -10,13 +10,13 @@ from typing import Any
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Result
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.errors import AttributionError, NotFinite
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
+from torchserve_explain.errors import AttributionError, NotFinite, RequestError
 from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer
-from torchserve_explain.serving.errors import ClientError, bad_request, from_engine, over_limit, shown
+from torchserve_explain.serving.errors import bad_request, from_engine, over_limit, shown
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.page import try_it_page
 from torchserve_explain.serving.parameters import Labels
@@ -60,17 +60,17 @@ class Exchange:
             return
         try:
             step(self)
-        except ClientError as error:
+        except RequestError as error:
             self.fail(error)
         except AttributionError as error:
             self.fail(from_engine(error))
         except MemoryError:
-            self.fail(ClientError(HTTPStatus.SERVICE_UNAVAILABLE, "out of memory; send a smaller image, or try again"))
+            self.fail(RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "out of memory; send a smaller image, or try again"))
         except Exception:
             log.exception("a request could not be answered")
-            self.fail(ClientError(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer failed inside the server; its log says why"))
+            self.fail(RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer failed inside the server; its log says why"))
 
-    def fail(self, error: ClientError) -> None:
+    def fail(self, error: RequestError) -> None:
         """Answer the error."""
         self.finished = json_answer(error.body(), error.status.value)
 
@@ -205,7 +205,7 @@ class Service:
     def _check_time(self, seconds: float) -> None:
         """Raise 504 where the batch has taken longer than that: at responseTimeout TorchServe kills the worker."""
         if time.monotonic() - self._began > seconds:
-            raise ClientError(HTTPStatus.GATEWAY_TIMEOUT, "the batch that the request was in has taken too long")
+            raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, "the batch that the request was in has taken too long")
 
     def _predictions(self, request: Request, instance: Instance, image: Prepared) -> dict[str, float]:
         """Return the top classes as TorchServe's image_classifier does: label to probability, highest first."""

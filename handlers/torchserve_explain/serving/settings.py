@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from torchvision import transforms
 
 from torchserve_explain.attribution.classifier import Normalization
+from torchserve_explain.errors import ArchiveError
 
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
@@ -105,9 +106,9 @@ class Settings(BaseModel):
 
 
 def read_settings(config: dict[str, Any]) -> Settings:
-    """Check the sections of a model-config.yaml; raises ValueError with one line for each key that is wrong."""
+    """Check the sections of a model-config.yaml; raises ArchiveError with one line for each key that is wrong."""
     try:
         return Settings.model_validate(config)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'model-config.yaml'}: {e['msg']}" for e in error.errors()]
-        raise ValueError("model-config.yaml: " + "; ".join(lines)) from None
+        raise ArchiveError("model-config.yaml: " + "; ".join(lines)) from None
