@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.loading import LABELS, MODEL, WEIGHTS, load_classifier, read_labels
 from torchserve_explain.paths import ROOT
@@ -137,9 +138,7 @@ def check(stage: Path) -> None:
         settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
         classifier, labels = load_classifier(stage, settings)
         service = Service(classifier, labels, settings, {"name": "check", "version": "0"})
-        outcome = service.warm_up()
-        if isinstance(outcome, Exception):
-            raise outcome
+        service.warm_up(Engine(classifier, service.limits.pack))
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise ArchiveError(str(error) or type(error).__name__) from error
     for method, why in service.refused.items():

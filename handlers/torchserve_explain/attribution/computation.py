@@ -107,7 +107,7 @@ def side_by_side(works: Iterable[Work[T]], deadline: float = inf) -> Computation
     return outcomes
 
 
-def results(works: Iterable[Work[T]]) -> Computation[list[Result[T]]]:
+def results(works: Iterable[Work[T]], deadline: float = inf) -> Computation[list[Result[T]]]:
     """Run work side by side; return each one's result, or raise the first error met."""
     finished: list[Result[T]] = []
 
@@ -115,7 +115,7 @@ def results(works: Iterable[Work[T]]) -> Computation[list[Result[T]]]:
         finished.append(succeeded(outcome))
 
     queue = list(works)
-    yield [Group(iter(queue), collect, len(queue), inf)]
+    yield [Group(iter(queue), collect, len(queue), deadline)]
     return finished
 
 

@@ -79,13 +79,14 @@ class Engine:
         Where all wait for threads, the first of them is waited for instead, at most `within` seconds.
         """
         self._go_on()
-        self._wait_for_calls(min(GRACE, within) if within < inf or self._quantum < inf else 0.0)
+        if within < inf or self._quantum < inf:
+            self._wait_for_young_calls()
         self._end_the_late()
         order = first_to_last(self._roots, self._remaining, self.passes)
         if order:
             self._pass(self._fill(order, within))
         else:
-            self._wait_for_calls(within, whatever_its_age=True)
+            self._wait_for_a_call(within)
         self._go_on()
 
     def run(self, works: Sequence[Work[T]], deadline: float = inf) -> list[Outcome[T]]:
@@ -227,12 +228,19 @@ class Engine:
                 if not task.waits:
                     self._queue(task)
 
-    def _wait_for_calls(self, seconds: float, whatever_its_age: bool = False) -> None:
-        """Wait for the first call under way to end; where rows could ride meanwhile, only for one that has just begun."""
-        if not any(_has_calls(root) for root in self._roots):
-            return
-        left = seconds if whatever_its_age else min(seconds, self._latest_call + GRACE - self._clock())
-        if left > 0 and self._take_calls(left):
+    def _wait_for_young_calls(self) -> None:
+        """Wait a moment for calls that have just begun: most are shorter than a pass, and what comes after them is short."""
+        until = self._clock() + GRACE
+        while any(map(_has_calls, self._roots)):
+            now = self._clock()
+            left = min(until, self._latest_call + GRACE) - now
+            if left <= 0 or not self._take_calls(left):
+                return
+            self._go_on()
+
+    def _wait_for_a_call(self, seconds: float) -> None:
+        """Wait for the first call under way to end, where nothing else is to be done."""
+        if any(map(_has_calls, self._roots)) and self._take_calls(seconds):
             self._go_on()
 
     # Passes.
@@ -369,6 +377,8 @@ def _as_explain_error(error: Exception, task: Task[Any]) -> ExplainError:
     """Return an error as the outcome of a task; one that is not an ExplainError is a fault of ours and is logged."""
     if isinstance(error, ExplainError):
         return error
+    if _is_out_of_memory(error):
+        return OutOfMemory("out of memory; send a smaller image, or try again")
     log.error("%s failed", type(task.work).__name__, exc_info=error)
     return AttributionError("the explanation failed inside the server; its log says why")
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from torchserve_explain.attribution.computation import Result
+from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
-from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite, RequestError
+from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
 from torchserve_explain.gallery.pages import FAILED, Told, map_path, overlay_path, seen_path, write_gallery
 from torchserve_explain.gallery.question import LABEL, PREDICTED, Question, Sample, ask, digest_of, find_samples
 from torchserve_explain.offline import (
@@ -155,12 +155,12 @@ class Run:
         for name in due.names:
             yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
 
-    def _keep(self, one: Planned, outcome: Result[Attribution] | AttributionError) -> None:
+    def _keep(self, one: Planned, outcome: Outcome[Attribution]) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
         record = self._facts(one)
         if isinstance(outcome, NotFinite):
             self._records.add(record | {FAILED: str(outcome)})
-        elif isinstance(outcome, AttributionError):
+        elif isinstance(outcome, ExplainError):
             raise outcome
         else:
             target = Class(one.job.case.target, record["target"], record["target_probability"])
