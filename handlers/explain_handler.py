@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from ts.metrics.metric_type_enum import MetricTypes
 
+from torchserve_explain.archive import Archive
 from torchserve_explain.attribution.memory import keep_freed_memory
-from torchserve_explain.loading import load_classifier
 from torchserve_explain.serving.service import Exchange, Row, Service
 from torchserve_explain.serving.settings import read_settings
 
@@ -38,7 +38,8 @@ class ExplainHandler:
         keep_freed_memory()
         # Workers that each take every core slow each other down; OMP_NUM_THREADS may allow them less.
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.maxWorkers)))
-        classifier, labels = load_classifier(Path(properties["model_dir"]), settings, device)
+        archive = Archive.load(Path(properties["model_dir"]), device)
+        classifier, labels = archive.classifier, archive.labels
         self._metrics = {
             name: context.metrics.cache.get(kind, {}).get(name)
             or context.metrics.add_metric_to_cache(name, unit, ["ModelName", dimension], kind)
