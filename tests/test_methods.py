@@ -18,7 +18,7 @@ from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
-from torchserve_explain.attribution.methods.smoothing import Kind, Moments
+from torchserve_explain.attribution.methods.smoothing import Moments, SmoothingKind
 from torchserve_explain.attribution.rows import Score
 
 METHOD_CASES = [pytest.param(method(), id=name) for name, method in METHODS.items()]
@@ -318,15 +318,15 @@ def test_biased_layer_survives_a_dead_input(classifier):
         assert torch.isfinite(explain(Job(method, case_of(classifier, dead))).result.map).all()
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(SmoothingKind))
 @pytest.mark.parametrize("method", GRADIENT_METHODS, ids=lambda m: type(m).__name__)
 def test_smoothing_is_the_moment_of_the_copies_maps(classifier, image, kind, method):
     case = case_of(classifier, image, seed=9)
     copies = torch.stack([explain(Job(method, case.noisy(k, 0.2))).result.map for k in range(6)])
     expected = {
-        Kind.SMOOTHGRAD: copies.mean(0),
-        Kind.SMOOTHGRAD_SQ: copies.square().mean(0),
-        Kind.VARGRAD: copies.var(0, correction=0),
+        SmoothingKind.SMOOTHGRAD: copies.mean(0),
+        SmoothingKind.SMOOTHGRAD_SQ: copies.square().mean(0),
+        SmoothingKind.VARGRAD: copies.var(0, correction=0),
     }
     found = explain(Job(method, case, Smoothing(kind, 6, 0.2)))
     torch.testing.assert_close(found.result.map, expected[kind])
@@ -344,7 +344,7 @@ def test_noise_has_the_deviation_asked_for_and_no_copy_repeats(classifier, image
 def test_moments_of_one_map_are_the_map_and_no_variance():
     moments = Moments()
     moments.add(torch.tensor([3.0]))
-    assert moments.reduced(Kind.SMOOTHGRAD) == 3 and moments.reduced(Kind.VARGRAD) == 0
+    assert moments.reduced(SmoothingKind.SMOOTHGRAD) == 3 and moments.reduced(SmoothingKind.VARGRAD) == 0
 
 
 @pytest.mark.parametrize("method", METHOD_CASES)

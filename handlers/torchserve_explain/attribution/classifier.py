@@ -17,7 +17,7 @@ from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
-from torchserve_explain.attribution.rows import Evaluation, Gradients, Layer, Rule, Score
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
 from torchserve_explain.attribution.stem import find_stem, passing
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Classifier:
         self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
-        self.spatial_layers = self._heard()
+        self.spatial_layers = self._layers_with_gradient()
         self.operations = operations(self._model, self.example)
         # A few rules at a time: each holds changed layers, and a client chooses their parameters.
         self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
@@ -109,7 +109,7 @@ class Classifier:
         gradient: bool = False,
         each: bool = True,
         layers: Sequence[str] = (),
-        rule: Rule | None = None,
+        rule: BackwardRule | None = None,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
@@ -152,7 +152,7 @@ class Classifier:
         """Whether a gradient leads from the logits to the image."""
         return bool(self.operations)
 
-    def refusal(self, rule: Rule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
+    def refusal(self, rule: BackwardRule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
         """Return why the model cannot run rows under a rule, or None where it can.
 
         `unwanted` are operations that the rule replaces: one that is left was called in a way that it does not see.
@@ -172,7 +172,7 @@ class Classifier:
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _heard(self) -> dict[str, Grid]:
+    def _layers_with_gradient(self) -> dict[str, Grid]:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
         layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
         found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers

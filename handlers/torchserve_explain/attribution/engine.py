@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.errors import AttributionError, DeadlinePassed, OutOfMemory
-from torchserve_explain.attribution.rows import Asking, Evaluation, Rows, Rule
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Rows
 
 log = logging.getLogger(__name__)
 LATE = "out of time before the batch's deadline; ask for fewer methods, steps or samples"
@@ -32,7 +33,7 @@ class Work(Protocol[R_co]):
         """How many evaluations it takes, or the least of them."""
         ...
 
-    def compute(self) -> Asking[R_co]:
+    def compute(self) -> Computation[R_co]:
         """Ask for rows and return the result."""
         ...
 
@@ -59,7 +60,7 @@ class _Task(Generic[T]):
     """Work under way; `waiting` are the blocks it needs before it can go on."""
 
     work: Work[T]
-    computation: Asking[T]
+    computation: Computation[T]
     waiting: list[_Block] = field(default_factory=list)
     outcome: Finished[T] | AttributionError | None = None
     evaluations: int = 0
@@ -172,7 +173,7 @@ class Engine:
                 free -= slices[-1].count
         return slices
 
-    def _kind(self, rows: Rows) -> tuple[bool, Rule | None, bool]:
+    def _kind(self, rows: Rows) -> tuple[bool, BackwardRule | None, bool]:
         """Rows of equal kind may share a pass: they all go back or none does, by one rule, in one arithmetic."""
         narrow = self.classifier.narrow is not None and not rows.gradient
         return rows.gradient or bool(rows.layers), rows.rule, narrow

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchserve_explain.attribution.computation import Computation, together
 from torchserve_explain.attribution.errors import NotFinite
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Draw, scores_into, stacked
-from torchserve_explain.attribution.rows import Asking, Score, together
+from torchserve_explain.attribution.rows import Score
 
 QUALITIES: dict[str, type["Quality"]] = {}
 
@@ -41,7 +42,7 @@ class Quality:
         """Return how many rows it costs beside the repeated explanations."""
         return 0
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[Measured]:
         """Ask for rows and return the measure of the job's attribution."""
         raise NotImplementedError
 
@@ -63,7 +64,7 @@ class Measurement:
         """How many evaluations it takes, or the least of them."""
         return self.quality.repeats * self.job.evaluations + self.quality.rows()
 
-    def compute(self) -> Asking[Measured]:
+    def compute(self) -> Computation[Measured]:
         """Ask for the measure's rows and return it; raises NotFinite."""
         measured = yield from self.quality.measure(self.job, self.attribution)
         if not isfinite(measured.value):
@@ -96,7 +97,7 @@ class MaxSensitivity(Quality):
     def repeats(self) -> int:
         return self.samples
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[Measured]:
         size = float(attribution.map.norm()) or 1.0
         changes: list[float] = []
         copies = (replace(job, case=self.perturbed(job.case, k)).compute() for k in range(self.samples))
@@ -127,7 +128,7 @@ class Infidelity(Quality):
     def rows(self) -> int:
         return self.samples
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[Measured]:
         case, hidden, scores = job.case, self.baseline.image(job.case), list[float]()
 
         def without(number: int) -> Tensor:
@@ -165,7 +166,7 @@ class _Curve(Quality):
         """Return the images that the curve starts and ends with."""
         raise NotImplementedError
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[Measured]:
         case, probabilities = replace(job.case, score=Score.PROBABILITY), list[float]()
         first, last = self.between(case)
         rank = self.rank(case, attribution)

@@ -5,15 +5,13 @@ selected scores gives every row its own gradient. So a method only says which ro
 to reduce them; the engine alone decides how rows of different methods and requests are packed.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 class Score(StrEnum):
@@ -23,7 +21,7 @@ class Score(StrEnum):
     PROBABILITY = "probability"
 
 
-class Rule(Protocol):
+class BackwardRule(Protocol):
     """A change of the model's layers under which a pass runs; equal rules share passes."""
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -109,31 +107,5 @@ class Rows:
     gradient: bool = True
     summed: bool = False
     layers: tuple[str, ...] = ()
-    rule: Rule | None = None
+    rule: BackwardRule | None = None
     passes: int = 1
-
-
-# A computation that asks for rows and goes on once all of them have been consumed.
-Asking = Generator[list[Rows], None, T]
-
-
-def together(computations: Iterable[Asking[T]], collect: Callable[[T], None], width: int = 4) -> Asking[None]:
-    """Run computations side by side, at most `width` at a time so that memory stays flat, and collect their results."""
-    waiting = iter(computations)
-    running: list[tuple[Asking[T], list[Rows]]] = []
-
-    def advance(computation: Asking[T]) -> None:
-        try:
-            running.append((computation, next(computation)))
-        except StopIteration as finished:
-            collect(finished.value)
-
-    while True:
-        while len(running) < width and (computation := next(waiting, None)) is not None:
-            advance(computation)
-        if not running:
-            return
-        yield [rows for _, asked in running for rows in asked]
-        asked_before, running = running, []
-        for computation, _ in asked_before:
-            advance(computation)
