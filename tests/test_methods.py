@@ -1,21 +1,25 @@
-"""Every registered method by closed form, naive replica and axiom; a new method is tested unasked."""
+"""Every method by closed form, naive replica and axiom; a new method is tested as soon as it is listed."""
 
+import pkgutil
 from dataclasses import fields
+from importlib import import_module
 
 import pytest
 import torch
 from conftest import NORMALIZATION, SIZE
 from torch import nn
 
+from torchserve_explain.attribution import methods
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import METHODS, Case, Smoothing
+from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
 from torchserve_explain.attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
+from torchserve_explain.attribution.methods.method import both
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
 from torchserve_explain.attribution.methods.smoothing import Moments, SmoothingKind
@@ -23,6 +27,30 @@ from torchserve_explain.attribution.rows import Score
 
 METHOD_CASES = [pytest.param(method(), id=name) for name, method in METHODS.items()]
 GRADIENT_METHODS = [Sensitivity(), BiasedLayer(), IntegratedGradients(), IntegratedGradients(steps=4), GradientShap(samples=4)]
+
+
+def test_every_method_that_has_a_name_is_listed():
+    modules = {
+        module.name: import_module(f"{methods.__name__}.{module.name}") for module in pkgutil.iter_modules(methods.__path__)
+    }
+    classes = {one for module in modules.values() for one in vars(module).values() if isinstance(one, type)}
+    named = {one for one in classes if issubclass(one, Method) and "name" in vars(one)}
+    assert named == set(METHODS.values()) and len(named) == len(METHODS)
+
+
+def test_both_computations_go_on_in_step_and_return_their_results():
+    """The rows of both are due together as long as both want some."""
+
+    def counting(label, rounds):
+        for number in range(rounds):
+            yield [(label, number)]
+        return label * rounds
+
+    computation, asked = both(counting("a", 1), counting("b", 2)), []
+    with pytest.raises(StopIteration) as finished:
+        while True:
+            asked.append(next(computation))
+    assert asked == [[("a", 0), ("b", 0)], [("b", 1)]] and finished.value.value == ("a", "bb")
 
 
 def case_of(classifier, image, target=1, score=Score.LOGIT, **options):

@@ -109,12 +109,13 @@ class Classifier:
         gradient: bool = False,
         each: bool = True,
         layers: Sequence[str] = (),
+        activations: Sequence[str] = (),
         rule: BackwardRule | None = None,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
         Without `each` the gradients to the input are known as weighted sums only. With layers alone the backward pass
-        goes no further than the first of them.
+        goes no further than the first of them; `activations` are layers whose output alone is wanted.
         """
         model = self._model if rule is None else self._changed(rule)
         if self._narrow is not None and rule is None and not gradient:
@@ -124,7 +125,7 @@ class Classifier:
         with (
             torch.set_grad_enabled(gradient or bool(layers)),
             passing(model, stem) as edges,
-            _captured(model, layers) as outputs,
+            _captured(model, {*layers, *activations}) as outputs,
         ):
             selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
         early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
@@ -138,6 +139,7 @@ class Classifier:
             selected.detach(),
             found,
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
+            {name: self._grid(name, outputs[name]) for name in activations},
         )
 
     def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
@@ -267,13 +269,14 @@ def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> lis
 
 
 @contextmanager
-def _captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _captured(model: nn.Module, layers: Set[str]) -> Iterator[dict[str, Tensor]]:
     """Keep the named layers' outputs while the model runs; the autograd graph starts at the first of them if not before."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            starts_graph = torch.is_grad_enabled() and not output.requires_grad
+            outputs[name] = output.detach().requires_grad_() if starts_graph else output
             return outputs[name].clone()  # the next layer may work in place
 
         return hook

@@ -209,6 +209,7 @@ class Engine:
             gradient=any(part.block.rows.gradient for part in slices),
             each=any(part.block.rows.gradient and not part.block.rows.summed for part in slices),
             layers=sorted({layer for part in slices for layer in part.block.rows.layers}),
+            activations=sorted({layer for part in slices for layer in part.block.rows.activations}),
             rule=first.rule,
         )
 

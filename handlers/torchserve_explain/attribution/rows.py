@@ -62,11 +62,12 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass says of some rows: `scores` [n], their gradients, and layers by name."""
+    """What a pass says of some rows: `scores` [n], their gradients, and by name layers and plain activations."""
 
     scores: Tensor
     found: Gradients | None
     layers: dict[str, Layer]
+    activations: dict[str, Tensor]
 
     @property
     def gradients(self) -> Tensor:
@@ -85,6 +86,7 @@ class Evaluation:
             self.scores[start:stop],
             None if self.found is None else self.found.slice(start, stop),
             {name: Layer(layer.activation[start:stop], layer.gradient[start:stop]) for name, layer in self.layers.items()},
+            {name: activation[start:stop] for name, activation in self.activations.items()},
         )
 
 
@@ -95,7 +97,8 @@ class Rows:
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
     takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. With `summed` it
-    takes the gradients as weighted sums alone, which cost less. `passes` is how many of the model's own evaluations
+    takes the gradients as weighted sums alone, which cost less. `layers` want their activation and gradient, `activations`
+    are layers whose gradient is not wanted. `passes` is how many of the model's own evaluations
     one row costs.
     """
 
@@ -107,5 +110,6 @@ class Rows:
     gradient: bool = True
     summed: bool = False
     layers: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
     rule: BackwardRule | None = None
     passes: int = 1

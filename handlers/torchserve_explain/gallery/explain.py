@@ -31,7 +31,7 @@ from torchserve_explain.offline import (
 )
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT
-from torchserve_explain.serving.answers import NAMES, Class, Explanation
+from torchserve_explain.serving.answers import Class, Explanation
 from torchserve_explain.serving.errors import ClientError
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
@@ -189,7 +189,7 @@ class Run:
             "digest": one.due.digest,
             "map": one.name,
             "settings": self._question.settings[one.name],
-            "method": NAMES[type(one.job.method)],
+            "method": one.job.method.name,
             "label": sample.label,
             "predicted": labels[predicted],
             "probability": float(probabilities[predicted]),

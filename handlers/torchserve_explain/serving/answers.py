@@ -16,7 +16,7 @@ from PIL import Image
 from torchserve_explain.attribution.engine import Finished
 from torchserve_explain.attribution.errors import AttributionError
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import METHODS, Attribution
+from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.attribution.quality import Measured, Quality
 from torchserve_explain.serving.capabilities import first_sentence
 from torchserve_explain.serving.images import Picture
@@ -37,7 +37,6 @@ from torchserve_explain.serving.pictures import (
 )
 
 HERE = Path(__file__).parent
-NAMES = {method: name for name, method in METHODS.items()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Explanation:
     @property
     def method(self) -> str:
         """The method's name."""
-        return NAMES[type(self.job.method)]
+        return self.job.method.name
 
     @cached_property
     def values(self) -> Map:

@@ -34,7 +34,7 @@ class Smoothing:
         return self.kind is SmoothingKind.SMOOTHGRAD and method.signed
 
     def attribute(self, method: Method, case: Case) -> Computation[Attribution]:
-        """Ask for the rows of every copy and return the reduced map; completeness does not carry over to it."""
+        """Return the reduced map of all copies; the method's completeness does not carry over to it."""
         moments = Moments()
         copies = (method.attribute(case.noisy(k, self.stdev)) for k in range(self.samples))
         yield from together(copies, lambda attribution: moments.add(attribution.map))
