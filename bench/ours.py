@@ -12,7 +12,7 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import MaxSensitivity, Measurement
 from torchserve_explain.serving.settings import Limits
 
@@ -39,7 +39,7 @@ PATH = "integrated_gradients, 50 steps"
 WITHIN = "integrated_gradients, error at most 5 %"
 WORKS: dict[str, tuple[tuple[Method, Smoothing | None], ...]] = {
     **{work: ((IntegratedGradients(steps=steps), None),) for work, steps in PATHS.items()},
-    SMOOTHED: ((IntegratedGradients(steps=20), Smoothing(Kind.SMOOTHGRAD, 10, 0.15)),),
+    SMOOTHED: ((IntegratedGradients(steps=20), Smoothing(SmoothingKind.SMOOTHGRAD, 10, 0.15)),),
     WITHIN: ((IntegratedGradients(max_error=0.05), None),),
     "five methods": tuple((method, None) for method in FIVE),
     **{

@@ -10,7 +10,7 @@ from torchserve_explain.attribution.methods.guided import GuidedBackprop, Guided
 from torchserve_explain.attribution.methods.lrp import LayerwiseRelevance
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 
 COPIES = 4  # of the smoothed techniques
 
@@ -27,15 +27,15 @@ class Technique:
 # Those that docs/study compares with a report on ResNet-18: Integrated Gradients three times, and five others.
 EIGHT = (
     Technique("integrated_gradients", IntegratedGradients()),
-    Technique("integrated_gradients smoothgrad_sq", IntegratedGradients(), Smoothing(Kind.SMOOTHGRAD_SQ, COPIES)),
-    Technique("integrated_gradients vargrad", IntegratedGradients(), Smoothing(Kind.VARGRAD, COPIES)),
+    Technique("integrated_gradients smoothgrad_sq", IntegratedGradients(), Smoothing(SmoothingKind.SMOOTHGRAD_SQ, COPIES)),
+    Technique("integrated_gradients vargrad", IntegratedGradients(), Smoothing(SmoothingKind.VARGRAD, COPIES)),
     Technique("gradient_shap", GradientShap()),
     Technique("occlusion", Occlusion()),
     Technique("lrp", LayerwiseRelevance()),
     Technique("guided_backprop", GuidedBackprop()),
     Technique("guided_grad_cam", GuidedGradCam()),
 )
-SMOOTHED = Technique("saliency smoothgrad", Saliency(), Smoothing(Kind.SMOOTHGRAD))
+SMOOTHED = Technique("saliency smoothgrad", Saliency(), Smoothing(SmoothingKind.SMOOTHGRAD))
 
 
 def techniques(classifier: Classifier) -> Iterator[Technique]:

@@ -12,7 +12,7 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Smoothing
 from torchserve_explain.attribution.methods.cam import GradCam, LayerCam
 from torchserve_explain.attribution.methods.gradient import Saliency
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.methods.xrai import Xrai
 from torchserve_explain.attribution.rows import Score
 
@@ -53,7 +53,7 @@ def mixed_jobs(classifier):
         Job(method, case_of(classifier, (first, second)[place % 2], place % CLASSES)) for place, method in enumerate(serving)
     ]
     jobs.append(Job(few(METHODS["gradient_shap"]), case_of(classifier, first, 2, Score.PROBABILITY)))
-    jobs.append(Job(Saliency(), case_of(classifier, second, 3), Smoothing(Kind.SMOOTHGRAD, 3, 0.01)))
+    jobs.append(Job(Saliency(), case_of(classifier, second, 3), Smoothing(SmoothingKind.SMOOTHGRAD, 3, 0.01)))
     return jobs
 
 

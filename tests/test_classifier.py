@@ -7,10 +7,14 @@ from torch import nn
 from torchvision.models import get_model
 
 from torchserve_explain.attribution.classifier import Classifier, Normalization
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.fusion import fold_layers
+from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.layers import find_spatial_layers
+from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.cam import ScoreCam
 from torchserve_explain.attribution.methods.guided import GuidedRelus
-from torchserve_explain.attribution.methods.lrp import Composite, Relevance
+from torchserve_explain.attribution.methods.lrp import Composite, RelevanceRules
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.parameters import Capabilities
@@ -321,11 +325,27 @@ def test_without_a_gradient_only_methods_that_need_none_serve():
     model = Answering(cut, nn.Conv2d(3, 6, 3))
     model.head.requires_grad_(False)
     capabilities = Capabilities(Classifier(model, NORMALIZATION, (16, 16)))
-    assert set(capabilities.methods) == {"occlusion", "rise", "lime", "kernel_shap"}
+    assert set(capabilities.methods) == {"score_cam", "occlusion", "rise", "lime", "kernel_shap"}
     assert all("gradient" in why for why in capabilities.refused.values())
 
 
-@pytest.mark.parametrize("rule", [GuidedRelus(), Relevance(Composite.EPSILON_PLUS, (-2.0,) * 3, (2.0,) * 3)])
+def test_score_cam_is_the_same_with_and_without_a_gradient():
+    def cut(m, x):
+        with torch.no_grad():
+            return m.layers[0](x)
+
+    image = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    maps = []
+    for body in (cut, lambda m, x: m.layers[0](x)):
+        torch.manual_seed(0)
+        classifier = Classifier(Answering(body, nn.Conv2d(3, 6, 3)), NORMALIZATION, (16, 16))
+        (finished,) = Engine(classifier, 4).results([Job(ScoreCam(), Case(classifier, image, 1))])
+        maps.append(finished.value.map)
+    assert maps[0].any()
+    torch.testing.assert_close(maps[0], maps[1])
+
+
+@pytest.mark.parametrize("rule", [GuidedRelus(), RelevanceRules(Composite.EPSILON_PLUS, (-2.0,) * 3, (2.0,) * 3)])
 def test_the_models_own_hooks_run_once_under_a_rule(rule):
     model = Answering(lambda m, x: m.layers[0](x).relu(), nn.Conv2d(3, 6, 3))
     model.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0] + 1,))

@@ -15,7 +15,7 @@ from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, Red
 from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory
 
@@ -49,7 +49,7 @@ def mixed_jobs(classifier):
         logits = classifier.logits(image[None])[0]
         known = float((logits if score is Score.LOGIT else logits.softmax(0))[number % 5])
         jobs.append(Job(method, Case(classifier, image, number % 5, score, known, seed=number)))
-    smoothed = [Job(job.method, job.case, Smoothing(Kind.VARGRAD, 3)) for job in jobs[:4]]
+    smoothed = [Job(job.method, job.case, Smoothing(SmoothingKind.VARGRAD, 3)) for job in jobs[:4]]
     return jobs + smoothed + [Job(GradientShap(samples=3, stdev=0.1, baseline=Baseline.NOISE), jobs[0].case)]
 
 
@@ -232,7 +232,7 @@ def test_memory_does_not_grow_with_steps_or_samples(classifier, image):
     for steps in (20, 100):
         alive.clear()
         hook = classifier._model.head.register_forward_hook(count)
-        job = Job(IntegratedGradients(steps=steps), Case(classifier, image, 0), Smoothing(Kind.SMOOTHGRAD, 2))
+        job = Job(IntegratedGradients(steps=steps), Case(classifier, image, 0), Smoothing(SmoothingKind.SMOOTHGRAD, 2))
         Engine(classifier, 20).run([job])
         hook.remove()
         peaks.append(max(alive))

@@ -1,16 +1,20 @@
-"""Every registered method by closed form, naive replica and axiom; a new method is tested unasked."""
+"""Every method by closed form, naive replica and axiom; a new method is tested as soon as it is listed."""
 
+import pkgutil
 from dataclasses import fields
+from importlib import import_module
 
 import pytest
 import torch
 from conftest import NORMALIZATION, SIZE
 from torch import nn
 
+from torchserve_explain.attribution import methods
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Piece, both
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import METHODS, Case, Smoothing
+from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
 from torchserve_explain.attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam, ScoreCam
@@ -18,11 +22,28 @@ from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
-from torchserve_explain.attribution.methods.smoothing import Kind, Moments
+from torchserve_explain.attribution.methods.smoothing import Moments, SmoothingKind
 from torchserve_explain.attribution.rows import Score
 
 METHOD_CASES = [pytest.param(method(), id=name) for name, method in METHODS.items()]
 GRADIENT_METHODS = [Sensitivity(), BiasedLayer(), IntegratedGradients(), IntegratedGradients(steps=4), GradientShap(samples=4)]
+
+
+def test_every_method_that_has_a_name_is_listed():
+    modules = {
+        module.name: import_module(f"{methods.__name__}.{module.name}") for module in pkgutil.iter_modules(methods.__path__)
+    }
+    classes = {one for module in modules.values() for one in vars(module).values() if isinstance(one, type)}
+    named = {one for one in classes if issubclass(one, Method) and "name" in vars(one)}
+    assert named == set(METHODS.values()) and len(named) == len(METHODS)
+
+
+def test_both_computations_share_passes_and_return_their_results(classifier, image):
+    case, sizes, evaluate = case_of(classifier, image), [], classifier.evaluate
+    classifier.evaluate = lambda inputs, *args, **options: (sizes.append(len(inputs)), evaluate(inputs, *args, **options))[1]
+    images = lambda _: image  # noqa: E731
+    (result,) = Engine(classifier, 8).results([Piece(both(case.scores(2, images), case.scores(3, images)))])
+    assert sizes == [5] and list(map(len, result.value)) == [2, 3] and result.evaluations == 5
 
 
 def case_of(classifier, image, target=1, score=Score.LOGIT, **options):
@@ -318,15 +339,15 @@ def test_biased_layer_survives_a_dead_input(classifier):
         assert torch.isfinite(explain(Job(method, case_of(classifier, dead))).value.map).all()
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(SmoothingKind))
 @pytest.mark.parametrize("method", GRADIENT_METHODS, ids=lambda m: type(m).__name__)
 def test_smoothing_is_the_moment_of_the_copies_maps(classifier, image, kind, method):
     case = case_of(classifier, image, seed=9)
     copies = torch.stack([explain(Job(method, case.noisy(k, 0.2))).value.map for k in range(6)])
     expected = {
-        Kind.SMOOTHGRAD: copies.mean(0),
-        Kind.SMOOTHGRAD_SQ: copies.square().mean(0),
-        Kind.VARGRAD: copies.var(0, correction=0),
+        SmoothingKind.SMOOTHGRAD: copies.mean(0),
+        SmoothingKind.SMOOTHGRAD_SQ: copies.square().mean(0),
+        SmoothingKind.VARGRAD: copies.var(0, correction=0),
     }
     found = explain(Job(method, case, Smoothing(kind, 6, 0.2)))
     torch.testing.assert_close(found.value.map, expected[kind])
@@ -344,7 +365,7 @@ def test_noise_has_the_deviation_asked_for_and_no_copy_repeats(classifier, image
 def test_moments_of_one_map_are_the_map_and_no_variance():
     moments = Moments()
     moments.add(torch.tensor([3.0]))
-    assert moments.reduced(Kind.SMOOTHGRAD) == 3 and moments.reduced(Kind.VARGRAD) == 0
+    assert moments.reduced(SmoothingKind.SMOOTHGRAD) == 3 and moments.reduced(SmoothingKind.VARGRAD) == 0
 
 
 @pytest.mark.parametrize("method", METHOD_CASES)

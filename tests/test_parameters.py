@@ -13,7 +13,7 @@ from torch import nn
 
 from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.methods import METHODS, Smoothing
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters, read_parameters
@@ -345,14 +345,14 @@ def test_no_smoothing_is_the_default():
     assert read_parameters({"samples": 3, "stdev": 0.5}).smoother() is None
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", SmoothingKind)
 def test_smoothing_keeps_its_own_defaults(kind):
     assert read_parameters({"smoothing": kind.value}).smoother() == Smoothing(kind)
 
 
 def test_samples_and_stdev_reach_the_smoothing():
     smoother = read_parameters({"smoothing": "vargrad", "samples": 3, "stdev": 0.5}).smoother()
-    assert smoother == Smoothing(Kind.VARGRAD, samples=3, stdev=0.5)
+    assert smoother == Smoothing(SmoothingKind.VARGRAD, samples=3, stdev=0.5)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES, Deletion, Infidelity, Insertion, MaxSensitivity, Measurement
 from torchserve_explain.errors import AttributionError
 
@@ -156,7 +156,7 @@ def test_every_method_has_every_quality(classifier, image, method, name):
 
 
 def test_the_pack_does_not_matter(classifier, image):
-    job = Job(GradientShap(samples=3, stdev=0.1), case_of(classifier, image), Smoothing(Kind.VARGRAD, 3, 0.1))
+    job = Job(GradientShap(samples=3, stdev=0.1), case_of(classifier, image), Smoothing(SmoothingKind.VARGRAD, 3, 0.1))
     for quality in (MaxSensitivity(), Infidelity(), Deletion(), Insertion()):
         values = [measured(quality, job, pack=pack).value.value for pack in (1, 5, 64)]
         assert values == pytest.approx([values[0]] * 3, rel=1e-9)

@@ -27,8 +27,8 @@ def table(heading):
     return [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
 
 
-def test_the_methods_table_lists_every_method_and_only_those():
-    assert {cell.strip(" `") for cell in table("Methods")} == set(METHODS)
+def test_the_methods_table_lists_the_methods_in_their_order():
+    assert [cell.strip(" `") for cell in table("Methods")] == list(METHODS)
 
 
 def test_the_parameters_table_lists_every_parameter_and_only_those():

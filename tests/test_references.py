@@ -24,7 +24,7 @@ from torchserve_explain.attribution.methods.gradient import InputXGradient, Sali
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import read_settings
 
@@ -140,7 +140,7 @@ def test_gradient_shap_is_captums_with_the_same_draws(model, classifier, image, 
     assert relative_difference(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(SmoothingKind))
 def test_smoothing_is_captums_noise_tunnel_with_the_same_draws(model, classifier, image, monkeypatch, kind):
     samples = 5
     fixed_draws(monkeypatch, Case(classifier, image, TARGET, seed=2), 0.15, samples)
@@ -181,7 +181,7 @@ def test_in_float32_as_served_maps_keep_direction_and_length(lite0, served, monk
         expected = LayerAttribution.interpolate(cam, image.shape[-2:], "bilinear")[0].detach()
     else:
         fixed_draws(monkeypatch, Case(classifier, image, TARGET), 0.15, 4)
-        found = explain(classifier, IntegratedGradients(steps=12), image, Smoothing(Kind.SMOOTHGRAD, 4, 0.15))
+        found = explain(classifier, IntegratedGradients(steps=12), image, Smoothing(SmoothingKind.SMOOTHGRAD, 4, 0.15))
         tunnel = NoiseTunnel(CaptumIG(lite0))
         expected = tunnel.attribute(inputs, "smoothgrad", 4, stdevs=1.0, baselines=baseline, target=TARGET, n_steps=12)[0]
     assert float(torch.cosine_similarity(found.flatten(), expected.flatten(), 0)) > 0.9999

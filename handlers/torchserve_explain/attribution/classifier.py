@@ -74,7 +74,7 @@ class Classifier:
         self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
-        self.spatial_layers = self._heard()
+        self.spatial_layers = self._layers_with_gradient()
         self.operations = operations(self._model, self.example)
         # A few rules at a time: each holds changed layers, and a client chooses their parameters.
         self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
@@ -109,6 +109,7 @@ class Classifier:
         gradient: bool = False,
         each: bool = True,
         layers: Sequence[str] = (),
+        activations: Sequence[str] = (),
         rule: BackwardRule | None = None,
         precise: bool = False,
     ) -> Evaluation:
@@ -116,7 +117,7 @@ class Classifier:
 
         A target None is the predicted class; `precise` rows are never evaluated in low precision. Without `each` the
         gradients to the input are known as weighted sums only. With layers alone the backward pass goes no further than
-        the first of them.
+        the first of them; `activations` are layers whose output alone is wanted.
         """
         model = self._model if rule is None else self._changed(rule)
         if not precise and self._narrow is not None and rule is None and not gradient:
@@ -126,7 +127,7 @@ class Classifier:
         with (
             torch.set_grad_enabled(gradient or bool(layers)),
             passing(model, stem) as edges,
-            _captured(model, layers) as outputs,
+            _captured(model, {*layers, *activations}) as outputs,
         ):
             logits = model(x.clone())  # a clone, should the model work in place
             selected = _select(logits, targets, scores)
@@ -142,6 +143,7 @@ class Classifier:
             selected.detach(),
             found,
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
+            {name: self._grid(name, outputs[name]) for name in activations},
         )
 
     def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
@@ -176,7 +178,7 @@ class Classifier:
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _heard(self) -> dict[str, Grid]:
+    def _layers_with_gradient(self) -> dict[str, Grid]:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
         layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
         found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
@@ -273,13 +275,14 @@ def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> lis
 
 
 @contextmanager
-def _captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _captured(model: nn.Module, layers: Set[str]) -> Iterator[dict[str, Tensor]]:
     """Keep the named layers' outputs while the model runs; the autograd graph starts at the first of them if not before."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            starts_graph = torch.is_grad_enabled() and not output.requires_grad
+            outputs[name] = output.detach().requires_grad_() if starts_graph else output
             return outputs[name].clone()  # the next layer may work in place
 
         return hook

@@ -15,6 +15,8 @@ from torchserve_explain.attribution.rows import Rows
 from torchserve_explain.errors import ExplainError
 
 P = ParamSpec("P")
+A = TypeVar("A")
+B = TypeVar("B")
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
 
@@ -123,6 +125,13 @@ def together(computations: Iterable[Computation[T]], collect: Callable[[T], None
     """Run computations side by side, few at a time so that memory stays flat, and collect their values in order."""
     pieces = (Piece(computation) for computation in computations)
     yield [Group(pieces, lambda outcome: collect(succeeded(outcome).value), width, inf)]
+
+
+def both(first: Computation[A], second: Computation[B]) -> Computation[tuple[A, B]]:
+    """Run two computations side by side; return what each returns, or raise the first error met."""
+    pieces: list[Work[Any]] = [Piece(first), Piece(second)]
+    one, other = yield from results(pieces)
+    return one.value, other.value
 
 
 def succeeded(outcome: Outcome[T]) -> Result[T]:

@@ -311,6 +311,7 @@ class Engine:
             gradient=any(rows.gradient for rows in wanted),
             each=any(rows.gradient and not rows.summed for rows in wanted),
             layers=sorted({layer for rows in wanted for layer in rows.layers}),
+            activations=sorted({layer for rows in wanted for layer in rows.activations}),
             rule=wanted[0].rule,
             precise=any(rows.precise for rows in wanted),
         )

@@ -62,12 +62,13 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass says of some rows: `logits` [n, classes], `scores` [n], their gradients, and layers by name."""
+    """What a pass says of some rows: `logits` [n, classes], `scores` [n], gradients, and by name layers and activations."""
 
     logits: Tensor
     scores: Tensor
     found: Gradients | None
     layers: dict[str, Layer]
+    activations: dict[str, Tensor]
 
     @property
     def gradients(self) -> Tensor:
@@ -87,14 +88,18 @@ class Evaluation:
             self.scores[start:stop],
             None if self.found is None else self.found.slice(start, stop),
             {name: Layer(layer.activation[start:stop], layer.gradient[start:stop]) for name, layer in self.layers.items()},
+            {name: activation[start:stop] for name, activation in self.activations.items()},
         )
 
 
 @dataclass(frozen=True)
 class Known:
-    """An evaluation that has been made already, and the seconds it took."""
+    """The evaluation of one row that has been made already: of which input, target and score, and the seconds it took."""
 
     evaluation: Evaluation
+    input: Tensor
+    target: int
+    score: Score
     seconds: float
 
 
@@ -105,7 +110,8 @@ class Rows:
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
     takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. With `summed` it
-    takes the gradients as weighted sums alone, which cost less. `precise` rows are never evaluated in low precision.
+    takes the gradients as weighted sums alone, which cost less. `layers` want their activation and gradient, `activations`
+    are layers whose gradient is not wanted. `precise` rows are never evaluated in low precision.
     `passes` is how many of the model's own evaluations one row costs. Where the evaluation of all rows is `known`, it
     is consumed at once.
     """
@@ -118,6 +124,7 @@ class Rows:
     gradient: bool = True
     summed: bool = False
     layers: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
     rule: BackwardRule | None = None
     precise: bool = False
     passes: int = 1

@@ -21,7 +21,7 @@ from torchserve_explain.gallery.question import LABEL, PREDICTED, Question, Samp
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
-from torchserve_explain.serving.answers import NAMES, Class, Explanation
+from torchserve_explain.serving.answers import Class, Explanation
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
 
@@ -178,7 +178,7 @@ class Run:
             "digest": one.due.digest,
             "map": one.name,
             "settings": self._question.settings[one.name],
-            "method": NAMES[type(one.job.method)],
+            "method": one.job.method.name,
             "label": sample.label,
             "predicted": labels[predicted],
             "probability": float(probabilities[predicted]),

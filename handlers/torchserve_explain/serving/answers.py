@@ -15,7 +15,7 @@ from PIL import Image
 
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import METHODS, Attribution
+from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.attribution.quality import Quality, QualityScore
 from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving.capabilities import first_sentence
@@ -37,7 +37,6 @@ from torchserve_explain.serving.pictures import (
 )
 
 HERE = Path(__file__).parent
-NAMES = {method: name for name, method in METHODS.items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Explanation:
     @property
     def method(self) -> str:
         """The method's name."""
-        return NAMES[type(self.job.method)]
+        return self.job.method.name
 
     @property
     def evaluations(self) -> int:

@@ -11,7 +11,7 @@ from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import Reduction
 from torchserve_explain.attribution.methods.lrp import Composite
-from torchserve_explain.attribution.methods.smoothing import Kind
+from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES, Quality
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.serving.colormaps import COLORMAPS
@@ -63,7 +63,7 @@ class Parameters(BaseModel):
     steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
     samples: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
     stdev: Number | None = Field(None, ge=0, le=1, description="a fraction of the input's range from 0 to 1")
-    smoothing: Kind | None = Field(None, description=_one_of(Kind))
+    smoothing: SmoothingKind | None = Field(None, description=_one_of(SmoothingKind))
     score: Score = Field(Score.LOGIT, description=_one_of(Score))
     layer: Names = Field(("last",), description="a module's dotted name, 'last', or a list of them")
     gamma: Number | None = Field(None, ge=0, le=100, description="a number from 0 to 100")

@@ -8,6 +8,7 @@ import torch
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import Method, Smoothing
+from torchserve_explain.attribution.methods.method import OwnRow
 from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.capabilities import capability_report
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
@@ -134,6 +135,18 @@ class Planner:
         paths = sum(item.paths for item in items)
         budget = min(self._limits.path_evaluations, (limit - fixed) // max(1, paths))
         return [replace(item, budget=budget) for item in items]
+
+
+def own_row(item: Item, classifier: Classifier) -> dict[str, Any]:
+    """Return what an item's methods want of the image's own row; see Rows."""
+    methods = [] if item.smoothing is not None else item.methods
+
+    def layers(kind: OwnRow) -> tuple[str, ...]:
+        named = (getattr(method, "layer", "") for method in methods if method.own_row is kind)
+        return tuple(sorted(set(map(classifier.grid_layer, named))))
+
+    gradient = any(method.own_row is OwnRow.GRADIENT for method in methods)
+    return {"gradient": gradient, "layers": layers(OwnRow.LAYER), "activations": layers(OwnRow.ACTIVATION)}
 
 
 def top_k(instance: Instance, classes: int) -> int:

@@ -18,14 +18,14 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
-from torchserve_explain.attribution.rows import Evaluation, Rows, Score
+from torchserve_explain.attribution.rows import Evaluation, Known, Rows, Score
 from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite, RequestError
 from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Report, json_answer
 from torchserve_explain.serving.errors import bad_request, from_engine, over_limit, shown
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.page import try_it_page
 from torchserve_explain.serving.parameters import Labels
-from torchserve_explain.serving.planning import Item, Planner, top_k
+from torchserve_explain.serving.planning import Item, Planner, own_row, top_k
 from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 from torchserve_explain.serving.settings import Settings
 
@@ -48,10 +48,10 @@ class RawRequest:
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the model saw it: its `input` [C, H, W] on the model's device, and the classes' scores on the CPU."""
+    """An image as the model saw it: the row that was evaluated, and the classes' scores on the CPU."""
 
     picture: Picture
-    input: Tensor
+    known: Known
     logits: Tensor
     probabilities: Tensor
 
@@ -177,12 +177,14 @@ class Service:
         return report.value
 
     def _explained(self, item: Item, deadline: float) -> Computation[Report]:
-        seen = yield from self._look(item.image)
+        target, wanted = item.targets[0], own_row(item, self._classifier)
+        seen = yield from self._look(item.image, target, item.parameters.score, **wanted)
         predicted = int(seen.logits.argmax())
         targets = [predicted if target is None else target for target in item.targets]
         jobs = [Job(method, self._case(item, seen, target), item.smoothing) for method in item.methods for target in targets]
-        patience = QUALITY_SHARE * (deadline - time.monotonic())
-        pieces = [Piece(self._explanation(job, item, seen, time.monotonic() + patience), job.evaluations) for job in jobs]
+        now = time.monotonic()
+        patience = now + QUALITY_SHARE * (deadline - now)
+        pieces = [Piece(self._explanation(job, item, seen, patience), job.evaluations) for job in jobs]
         explanations = yield from results(pieces)
         top = seen.probabilities.topk(min(5, len(self._labels.names))).indices.tolist()
         classes = [self._class(seen, index) for index in top]
@@ -197,22 +199,35 @@ class Service:
         measured = {name: (qualities[name], outcome) for name, outcome in zip(qualities, outcomes, strict=True)}
         return Explanation(job, explained, self._class(seen, job.case.target), item.parameters, seen.picture, measured)
 
-    def _look(self, image: bytes) -> Computation[Seen]:
-        """Decode an image and let the model see it; raises NotFinite where the model has no answer."""
+    def _look(
+        self, image: bytes, target: int | None = None, score: Score = Score.LOGIT, gradient: bool = False, **wanted: Any
+    ) -> Computation[Seen]:
+        """Decode an image and let the model see it; raises NotFinite where the model has no answer.
+
+        What methods want of the same row, the target's gradient or a layer, is taken from the same pass.
+        """
         picture = yield from self._timed("decode", read_picture, image, self._preprocessing, self.limits.pixels)
         placed = picture.input.to(self._classifier.device, self._classifier.dtype)
         found: list[Evaluation] = []
-        yield [Rows(1, lambda _start, _stop: placed[None], lambda _start, one: found.append(one), gradient=False, precise=True)]
+
+        def look() -> Computation[None]:
+            keep: Callable[[int, Evaluation], None] = lambda _start, evaluation: found.append(evaluation)  # noqa: E731
+            yield [Rows(1, lambda *_: placed[None], keep, target, score, gradient, precise=True, **wanted)]
+
+        (result,) = yield from results([Piece(look())])
         logits = found[0].logits[0].cpu()
         if not logits.isfinite().all():
             raise NotFinite("the model's logits are not finite numbers for this image")
-        return Seen(picture, placed, logits, logits.softmax(0))
+        known = Known(found[0], placed, int(logits.argmax()) if target is None else target, score, result.seconds)
+        return Seen(picture, known, logits, logits.softmax(0))
 
     def _case(self, item: Item, seen: Seen, target: int) -> Case:
         parameters = item.parameters
         scores = seen.logits if parameters.score is Score.LOGIT else seen.probabilities
-        known = float(scores[target])
-        return Case(self._classifier, seen.input, target, parameters.score, known, parameters.seed, budget=item.budget)
+        return Case(
+            self._classifier, seen.known.input, target, parameters.score, float(scores[target]), parameters.seed,
+            budget=item.budget, known=seen.known,
+        )  # fmt: skip
 
     def _class(self, seen: Seen, index: int) -> Class:
         return Class(index, self._labels.names[index], float(seen.probabilities[index]))

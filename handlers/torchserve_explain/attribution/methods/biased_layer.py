@@ -4,14 +4,15 @@ import copy
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.methods.gradient import input_gradient, squared_norm
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
+from torchserve_explain.attribution.methods.gradient import squared_norm
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -58,7 +59,6 @@ class Reduction(StrEnum):
     RELEVANCE = "relevance"
 
 
-@register("biased_layer")
 @dataclass(frozen=True)
 class BiasedLayer(Method):
     """Gradient through layers biased to their excitations by gamma: the same logits, a sharper map.
@@ -66,6 +66,8 @@ class BiasedLayer(Method):
     See BiasedLayers for the equation. `sensitivity`: squared norm over channels, never negative;
     `relevance`: input x gradient, signed. gamma = 0 is the plain gradient.
     """
+
+    name: ClassVar[str] = "biased_layer"
 
     gamma: float = 0.25
     reduction: Reduction = Reduction.SENSITIVITY
@@ -76,6 +78,5 @@ class BiasedLayer(Method):
         return self.reduction is Reduction.RELEVANCE
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        gradient = yield from input_gradient(case, BiasedLayers(self.gamma))
-        relevance = self.reduction is Reduction.RELEVANCE
-        return Attribution(case.input * gradient if relevance else squared_norm(gradient))
+        gradient = yield from case.gradient(BiasedLayers(self.gamma))
+        return Attribution(case.input * gradient if self.signed else squared_norm(gradient))

@@ -9,8 +9,8 @@ from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register, scores_into, stacked
-from torchserve_explain.attribution.rows import Evaluation, Layer, Rows
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, OwnRow
+from torchserve_explain.attribution.rows import Layer
 from torchserve_explain.errors import Unsupported
 
 
@@ -19,13 +19,13 @@ class Cam(Method):
     """One row: a layer's activations and gradients, combined and enlarged bilinearly to the input; never negative."""
 
     signed: ClassVar[bool] = False
+    own_row: ClassVar[OwnRow | None] = OwnRow.LAYER
 
     layer: str = "last"
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        found: list[Layer] = []
-        yield [layer_row(case, self.layer, found)]
-        return Attribution(enlarged(self.combined(found[0]).relu(), case.input))
+        layer = yield from case.layer(self.layer)
+        return Attribution(enlarged(self.combined(layer).relu(), case.input))
 
     def combined(self, layer: Layer) -> Tensor:
         """Return the weighted sum of the layer's feature maps, [1, 1, h, w]."""
@@ -40,27 +40,30 @@ class Cam(Method):
         return None
 
 
-@register("grad_cam")
 @dataclass(frozen=True)
 class GradCam(Cam):
-    """ReLU of a layer's feature maps weighted by the mean gradient of each: which region spoke for the target.
+    """ReLU of a layer's feature maps weighted by the mean gradient of each: which region speaks for the target.
 
     L = ReLU(sum_k alpha_k A_k), alpha_k the spatial mean of dF/dA_k; arXiv:1610.02391, equations 1 and 2.
     `layer` is a module's dotted name or `last`.
     """
 
+    name: ClassVar[str] = "grad_cam"
+
     def combined(self, layer: Layer) -> Tensor:
-        return (layer.gradient.mean((2, 3), keepdim=True) * layer.activation).sum(1, keepdim=True)
+        alpha = layer.gradient.mean((2, 3), keepdim=True)
+        return (alpha * layer.activation).sum(1, keepdim=True)
 
 
-@register("grad_cam_plus_plus")
 @dataclass(frozen=True)
 class GradCamPlusPlus(Cam):
-    """Grad-CAM whose mean favours the places that raise the score: finds several objects of the target.
+    """Grad-CAM whose mean favours the positions that raise the score: finds several objects of the target.
 
     w_k = sum_ij alpha_ij ReLU(g_ij), alpha = g^2 / (2 g^2 + sum_ab(A_ab) g^3); arXiv:1710.11063, equations 5 and 19,
     for the exponential of the score, whose common factor is left out.
     """
+
+    name: ClassVar[str] = "grad_cam_plus_plus"
 
     def combined(self, layer: Layer) -> Tensor:
         gradient, activation = layer.gradient, layer.activation
@@ -70,26 +73,30 @@ class GradCamPlusPlus(Cam):
         return (weights * activation).sum(1, keepdim=True)
 
 
-@register("layer_cam")
 @dataclass(frozen=True)
 class LayerCam(Cam):
-    """Feature maps weighted place by place with their own positive gradient: sharp also at early layers.
+    """Feature maps weighted position by position with their own positive gradient: sharp also at early layers.
 
     L = ReLU(sum_k ReLU(g_k) A_k); Jiang et al. 2021, doi:10.1109/TIP.2021.3089943, equations 6 and 7.
     """
+
+    name: ClassVar[str] = "layer_cam"
 
     def combined(self, layer: Layer) -> Tensor:
         return (layer.gradient.relu() * layer.activation).sum(1, keepdim=True)
 
 
-@register("score_cam")
 @dataclass(frozen=True)
 class ScoreCam(Cam):
     """Feature maps weighted by the score of the image seen through each of them: a Grad-CAM without gradients.
 
     L = ReLU(sum_k w_k A_k), w the softmax over channels of F(x * A_k), A_k enlarged and stretched to [0, 1];
-    arXiv:1910.01279, equations 6 to 8. Where a layer has more than `samples` channels, those that vary most count.
+    arXiv:1910.01279, equations 6 to 8. Of a layer with more than `samples` channels, those with the largest variance count.
     """
+
+    name: ClassVar[str] = "score_cam"
+    own_row: ClassVar[OwnRow | None] = OwnRow.ACTIVATION
+    needs_gradient: ClassVar[bool] = False
 
     samples: int = 256
 
@@ -97,31 +104,18 @@ class ScoreCam(Cam):
         return 1 + min(self.samples, classifier.spatial_layers[classifier.grid_layer(self.layer)].channels)
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        found: list[Layer] = []
-        yield [layer_row(case, self.layer, found)]
-        activation = found[0].activation[0]
+        activation = yield from case.activation(self.layer)
         chosen = activation.flatten(1).var(1).topk(min(self.samples, len(activation))).indices.sort().values
         features = activation[chosen]
-        scores: list[float] = []
 
         def seen_through(channel: int) -> Tensor:
             mask = enlarged(features[None, channel : channel + 1], case.input)
             return case.input * (mask - mask.min()) / (mask.max() - mask.min()).clamp(min=1e-8)
 
-        yield [case.rows(len(features), stacked(seen_through), scores_into(scores), gradient=False)]
+        scores = yield from case.scores(len(features), seen_through)
         weights = features.new_tensor(scores).softmax(0)
         cam = torch.tensordot(weights, features, 1)[None, None]
         return Attribution(enlarged(cam.relu(), case.input))
-
-
-def layer_row(case: Case, layer: str, found: list[Layer]) -> Rows:
-    """Ask for one row's activations and gradients at a layer, to be put into `found`."""
-    name = case.classifier.grid_layer(layer)
-
-    def keep(_start: int, evaluation: Evaluation) -> None:
-        found.append(evaluation.layers[name])
-
-    return case.rows(1, lambda _start, _stop: case.input[None], keep, gradient=False, layers=(name,))
 
 
 def enlarged(cam: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DeepLIFT: contributions of the difference from a baseline, handed back through each operation by a rule."""
+"""DeepLIFT: contributions of the difference from a baseline, propagated back through each operation by a rule."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import known_error
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register, scores_into
-from torchserve_explain.attribution.rows import Evaluation
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 
 RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two", "Sub of two"}
 
@@ -72,16 +71,16 @@ def _product(call: Call) -> Tensor:
 
 
 def _max_pool(call: Call) -> Tensor:
-    """What the maximum gained belongs to the image's largest value, what it lost to the baseline's."""
+    """What the maximum gains is attributed to the image's largest value, what it loses to the baseline's."""
     before = call.inputs[0]
     options = dict(call.kwargs) | {"return_indices": True}
-    output, places = functional.max_pool2d(before.detach(), *call.args[1:], **options)
+    output, positions = functional.max_pool2d(before.detach(), *call.args[1:], **options)
     n = len(before) // 2
-    (y, base_y), (place, base_place) = output.chunk(2), places.chunk(2)
+    (y, base_y), (at_x, at_base) = output.chunk(2), positions.chunk(2)
     largest = torch.maximum(y, base_y)
     x, base = before[:n].flatten(2), before[n:].detach().flatten(2)
     linear = torch.zeros_like(y)
-    for at, change, otherwise in ((place, largest - base_y, 1.0), (base_place, y - largest, 0.0)):
+    for at, change, otherwise in ((at_x, largest - base_y, 1.0), (at_base, y - largest, 0.0)):
         chosen, chosen_base = (t.gather(2, at.flatten(2)).view_as(y) for t in (x, base))
         size = torch.maximum(chosen.detach().abs(), chosen_base.abs())
         step = chosen.detach() - chosen_base
@@ -89,7 +88,6 @@ def _max_pool(call: Call) -> Tensor:
     return torch.cat([surrogate(y, linear), base_y])
 
 
-@register("deep_lift")
 @dataclass(frozen=True)
 class DeepLift(Method):
     """What each value's difference from the baseline adds to the score, nonlinearities taken as their difference quotients.
@@ -97,6 +95,7 @@ class DeepLift(Method):
     map = (x - b) * multiplier, by the Rescale rule; it sums to F(x) - F(b); arXiv:1704.02685, equations 3 to 5.
     """
 
+    name: ClassVar[str] = "deep_lift"
     explains_probability: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
@@ -106,19 +105,13 @@ class DeepLift(Method):
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         baseline = self.baseline.image(case)
-        found: list[Tensor] = []
-        ends: list[float] = []
-
-        def keep(_start: int, evaluation: Evaluation) -> None:
-            found.append(evaluation.gradients[0, : len(case.input)])
-
-        pair = torch.cat([case.input, baseline])[None]
-        yield [
-            case.rows(1, lambda _start, _stop: pair, keep, rule=Rescale(), passes=2),
-            case.rows(1, lambda _start, _stop: baseline[None], scores_into(ends), gradient=False),
-        ]
-        attribution = (case.input - baseline) * found[0]
-        return Attribution(attribution, ends[0], known_error(attribution, case, ends[0]))
+        pair = torch.cat([case.input, baseline])
+        evaluation, (baseline_score,) = yield from both(
+            case.evaluation(pair, rule=Rescale(), passes=2), case.scores(1, lambda _: baseline)
+        )
+        multiplier = evaluation.gradients[0, : len(case.input)]
+        attribution = (case.input - baseline) * multiplier
+        return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score))
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:

@@ -1,16 +1,15 @@
 """Guided backpropagation: ReLUs that let only positive gradients back."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.functions import Call, replacing
-from torchserve_explain.attribution.methods.cam import GradCam, enlarged, layer_row
-from torchserve_explain.attribution.methods.gradient import gradient_row, input_gradient
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
-from torchserve_explain.attribution.rows import Layer
+from torchserve_explain.attribution.methods.cam import GradCam, enlarged
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, OwnRow
 
 RELUS = ("relu", "relu6", "hardtanh")
 
@@ -40,7 +39,6 @@ class Guided(Method):
         return classifier.refusal(GuidedRelus(), classifier.example)
 
 
-@register("guided_backprop")
 @dataclass(frozen=True)
 class GuidedBackprop(Guided):
     """The gradient through ReLUs that let only positive gradients back: what excites the target, finely drawn.
@@ -48,12 +46,13 @@ class GuidedBackprop(Guided):
     arXiv:1412.6806, section 3.4; signed. Other activations keep their own gradient.
     """
 
+    name: ClassVar[str] = "guided_backprop"
+
     def attribute(self, case: Case) -> Computation[Attribution]:
-        gradient = yield from input_gradient(case, GuidedRelus())
+        gradient = yield from case.gradient(GuidedRelus())
         return Attribution(gradient)
 
 
-@register("guided_grad_cam")
 @dataclass(frozen=True)
 class GuidedGradCam(Guided):
     """Guided backpropagation times Grad-CAM: fine lines, only where the target's region is.
@@ -61,17 +60,18 @@ class GuidedGradCam(Guided):
     map = guided gradient * enlarged Grad-CAM; arXiv:1610.02391, section 3.2; signed.
     """
 
+    name: ClassVar[str] = "guided_grad_cam"
+    own_row: ClassVar[OwnRow | None] = OwnRow.LAYER
+
     layer: str = "last"
 
     def evaluations(self, classifier: Classifier) -> int:
         return 2
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        found: list[Layer] = []
-        guided: list[Tensor] = []
-        yield [layer_row(case, self.layer, found), gradient_row(case, guided, GuidedRelus())]
-        cam = enlarged(GradCam(self.layer).combined(found[0]).relu(), case.input)
-        return Attribution(guided[0] * cam)
+        layer, gradient = yield from both(case.layer(self.layer), case.gradient(GuidedRelus()))
+        cam = GradCam(self.layer).combined(layer).relu()
+        return Attribution(gradient * enlarged(cam, case.input))
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:

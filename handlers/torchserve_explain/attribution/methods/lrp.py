@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
-from torchserve_explain.attribution.rows import Evaluation
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 from torchserve_explain.errors import Unsupported
 
 RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two"}
@@ -91,7 +90,7 @@ def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
 
 
 @dataclass(frozen=True)
-class Relevance:
+class RelevanceRules:
     """Every operation passes back shares of what reaches it; the score's own gradient starts as one.
 
     Convolutions and linear layers by the composite's rules; sums, poolings and means in proportion; activations and
@@ -103,6 +102,13 @@ class Relevance:
     composite: Composite
     low: tuple[float, ...]
     high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, classifier: Classifier, composite: Composite) -> "RelevanceRules":
+        """Return the rules of a composite for a classifier's range of inputs."""
+        pixels = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, len(classifier.normalization.mean), 1, 1)
+        low, high = classifier.normalization(pixels)[..., 0, 0].tolist()
+        return cls(composite, tuple(low), tuple(high))
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, their functions with other gradients."""
@@ -128,14 +134,14 @@ class Relevance:
 class _Layers:
     """The convolutions and linear layers of one pass: the first convolution may have a rule of its own."""
 
-    def __init__(self, relevance: Relevance) -> None:
-        self._relevance = relevance
+    def __init__(self, rules: RelevanceRules) -> None:
+        self._rules = rules
         self._first = True
 
     def __call__(self, call: Call) -> Tensor:
         x = call.inputs[0]
         weight, bias, options = _parameters(call)
-        parts = self._relevance.parts(call, self._first)
+        parts = self._rules.parts(call, self._first)
         self._first = self._first and call.name == "linear"
         output = call.value()
 
@@ -198,7 +204,6 @@ def _refuse(call: Call) -> Tensor:
     raise Unsupported(f"LRP has no rule for {call.name}")
 
 
-@register("lrp")
 @dataclass(frozen=True)
 class LayerwiseRelevance(Method):
     """The target's logit handed back to the pixels, each layer sharing what reaches it among its inputs by a rule.
@@ -207,30 +212,20 @@ class LayerwiseRelevance(Method):
     which rule each layer has. Nothing is measured of the shares that biases keep.
     """
 
+    name: ClassVar[str] = "lrp"
     explains_probability: ClassVar[bool] = False
 
     composite: Composite = Composite.EPSILON_PLUS
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        found: list[Tensor] = []
-
-        def keep(_start: int, evaluation: Evaluation) -> None:
-            found.append(evaluation.gradients[0] * evaluation.scores[0])
-
-        yield [case.rows(1, lambda _start, _stop: case.input[None], keep, rule=relevance(case.classifier, self.composite))]
-        return Attribution(found[0])
+        rules = RelevanceRules.of(case.classifier, self.composite)
+        evaluation = yield from case.evaluation(rule=rules)
+        return Attribution(evaluation.gradients[0] * evaluation.scores[0])
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:
         unruled = sorted(classifier.operations - RULED)
         if unruled:
             return f"LRP has no rule for {', '.join(unruled)}"
-        rule = relevance(classifier, Composite.EPSILON_PLUS)
-        return classifier.refusal(rule, classifier.example, ACTIVATION_NODES | {"Mul of two"})
-
-
-def relevance(classifier: Classifier, composite: Composite) -> Relevance:
-    """Return the rule for a classifier's range of inputs."""
-    pixels = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, len(classifier.normalization.mean), 1, 1)
-    low, high = classifier.normalization(pixels)[..., 0, 0].tolist()
-    return Relevance(composite, tuple(low), tuple(high))
+        rules = RelevanceRules.of(classifier, Composite.EPSILON_PLUS)
+        return classifier.refusal(rules, classifier.example, ACTIVATION_NODES | {"Mul of two"})

@@ -1,10 +1,10 @@
-"""What a method is: parameters, a cost in rows, and a computation that asks for rows and answers a map."""
+"""What a method is: parameters, a cost in rows, and a computation of a map from rows of the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from math import nan
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,21 +13,15 @@ from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.rows import Evaluation, Rows, Score
-
-METHODS: dict[str, type["Method"]] = {}
-
-M = TypeVar("M", bound=type["Method"])
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Known, Layer, Rows, Score
 
 
-def register(name: str) -> Callable[[M], M]:
-    """Make a method known by its name in the contract."""
+class OwnRow(StrEnum):
+    """What a method wants of the image's own row, which the pass that predicts can answer too."""
 
-    def decorate(method: M) -> M:
-        METHODS[name] = method
-        return method
-
-    return decorate
+    GRADIENT = "gradient"
+    LAYER = "layer"
+    ACTIVATION = "activation"
 
 
 class Draw(IntEnum):
@@ -58,8 +52,8 @@ class Attribution:
 class Case:
     """What is explained: one input [C, H, W] (normalised), the target's score at it, and the seed of all draws.
 
-    `known_score` is NaN for an input that nobody has evaluated, such as a noisy copy. `budget` is how many rows
-    a method may take that decides for itself.
+    `known_score` is NaN for an input that has not been evaluated, such as a noisy copy. `budget` is the most rows that an
+    adaptive method may take.
     """
 
     classifier: Classifier
@@ -70,6 +64,58 @@ class Case:
     seed: int = 0
     copy: tuple[int, ...] = ()  # which noisy copy, of which noisy copy, ... this is
     budget: int = 400
+    known: Known | None = None
+
+    def gradient(self, rule: BackwardRule | None = None) -> Computation[Tensor]:
+        """Return the gradient [C, H, W] of the score at the input, by the model's own layers or by a rule's."""
+        evaluation = yield from self.evaluation(rule=rule)
+        return evaluation.gradients[0]
+
+    def layer(self, name: str) -> Computation[Layer]:
+        """Return a layer's activation and the gradient of the score there, [1, channels, h, w], at the input; `last` is one."""
+        resolved = self.classifier.grid_layer(name)
+        evaluation = yield from self.evaluation(gradient=False, layers=(resolved,))
+        return evaluation.layers[resolved]
+
+    def activation(self, name: str) -> Computation[Tensor]:
+        """Return a layer's output [channels, h, w] at the input; no gradient is computed."""
+        resolved = self.classifier.grid_layer(name)
+        evaluation = yield from self.evaluation(gradient=False, activations=(resolved,))
+        return evaluation.activations[resolved][0]
+
+    def scores(self, count: int, image: Callable[[int], Tensor]) -> Computation[list[float]]:
+        """Return the scores of `count` images [C, H, W], each made when it is due; no gradient is computed."""
+        scores: list[float] = []
+        yield [self.rows(count, stacked(image), scores_into(scores), gradient=False)]
+        return scores
+
+    def weighted_gradient(self, weights: Tensor, inputs: Callable[[int, int], Tensor]) -> Computation[Tensor]:
+        """Return the sum [C, H, W] of the gradients at n inputs, each times its weight [n]; memory does not grow with n."""
+        total = torch.zeros_like(self.input)
+
+        def add(start: int, evaluation: Evaluation) -> None:
+            total.add_(evaluation.weighted_gradient(weights[start : start + len(evaluation.scores)]))
+
+        yield [self.rows(len(weights), inputs, add, summed=True)]
+        return total
+
+    def evaluation(self, row: Tensor | None = None, **wanted: object) -> Computation[Evaluation]:
+        """Return the evaluation of one row, the input where none is given; see Rows for what may be wanted."""
+        image = self.input if row is None else row
+        found: list[Evaluation] = []
+        rows = self.rows(1, lambda _start, _stop: image[None], lambda _start, evaluation: found.append(evaluation), **wanted)
+        yield [replace(rows, known=self.known) if row is None and self._knows(rows) else rows]
+        return found[0]
+
+    def _knows(self, rows: Rows) -> bool:
+        """Whether the known evaluation is one of this very input, target and score, and holds what the rows want."""
+        known = self.known
+        if known is None or rows.rule is not None:
+            return False
+        same = known.input is self.input and known.target == self.target and known.score is self.score
+        found = known.evaluation
+        held = set(rows.layers) <= found.layers.keys() and set(rows.activations) <= found.activations.keys()
+        return same and held and (not rows.gradient or found.found is not None)
 
     def rows(self, count: int, inputs: Callable[[int, int], Tensor], consume: Callable[..., None], **wanted: object) -> Rows:
         """Return `count` rows of this case's target; see Rows."""
@@ -94,27 +140,29 @@ class Case:
 class Method:
     """A technique of attribution; its dataclass fields are the parameters that a client may choose."""
 
+    name: ClassVar[str]
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
     explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax
-    needs_gradient: ClassVar[bool] = True  # False: the model's answers suffice
-    adaptive: ClassVar[bool] = False  # True: it decides within `case.budget` how many rows it takes
+    needs_gradient: ClassVar[bool] = True  # False: the model's outputs suffice
+    own_row: ClassVar[OwnRow | None] = None
+    adaptive: ClassVar[bool] = False  # True: it chooses how many rows it takes, at most `case.budget`
 
     def evaluations(self, classifier: Classifier) -> int:
         """Return how many evaluations one map costs; for an adaptive method the least."""
         return 1
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        """Ask for rows and return the map."""
+        """Return the map of a case."""
         raise NotImplementedError
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:
-        """Return why the method cannot serve the classifier, or None where it can."""
+        """Return why the method cannot explain the classifier, or None where it can."""
         return None
 
 
 def stacked(make: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
-    """Return an input function that makes each row [C, H, W] by its number."""
+    """Return an input function of Rows that makes each row [C, H, W] by its number."""
     return lambda start, stop: torch.stack([make(number) for number in range(start, stop)])
 
 

@@ -4,31 +4,33 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error, known_error
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
-from torchserve_explain.attribution.rows import Evaluation, Rows
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
+from torchserve_explain.attribution.rows import Evaluation
 
 FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
 
 
-@register("integrated_gradients")
 @dataclass(frozen=True)
 class IntegratedGradients(Method):
     """The gradient averaged on the straight path from a baseline, times what the input adds to the baseline.
 
     map = (x - b) * integral_0^1 dF(b + t (x - b))/dx dt; it sums to F(x) - F(b); arXiv:1703.01365, equation 1.
-    With `steps`: that many Gauss-Legendre nodes. Else the path is bisected where it errs, with trapezoid
-    weights, until the completeness error is at most `max_error` or the case's budget of rows ends.
+    With `steps`: that many Gauss-Legendre nodes. Else the intervals of the path with the largest error are bisected, with
+    trapezoid weights, until the completeness error is at most `max_error` or the case's budget of rows is spent.
     """
+
+    name: ClassVar[str] = "integrated_gradients"
 
     baseline: Baseline = Baseline.BLACK
     max_error: float = 0.05
@@ -36,7 +38,7 @@ class IntegratedGradients(Method):
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
-        """A given number of steps leaves nothing to decide."""
+        """With a given number of steps the cost is fixed."""
         return self.steps is None
 
     def evaluations(self, classifier: Classifier) -> int:
@@ -61,131 +63,136 @@ class _Path:
         """Integrate with fixed nodes; memory does not grow with their number."""
         nodes, weights = (torch.from_numpy(v).to(self._step) for v in np.polynomial.legendre.leggauss(steps))
         nodes, weights = (nodes + 1) / 2, weights / 2  # from [-1, 1] to [0, 1]
-        total = torch.zeros_like(self._step)
-
-        def add(start: int, evaluation: Evaluation) -> None:
-            total.add_(evaluation.weighted_gradient(weights[start : start + len(evaluation.scores)]))
-
-        ends: list[float] = []
-        baseline_row = self._case.rows(1, self._points(nodes.new_zeros(1)), scores_into(ends), gradient=False)
-        yield [self._case.rows(steps, self._points(nodes), add, summed=True), baseline_row]
-        attribution = self._step * total
-        return Attribution(attribution, ends[0], known_error(attribution, self._case, ends[0]))
+        integral, (baseline_score,) = yield from both(
+            self._case.weighted_gradient(weights, self._points(nodes)), self._case.scores(1, lambda _: self._baseline)
+        )
+        attribution = self._step * integral
+        return Attribution(attribution, baseline_score, known_error(attribution, self._case, baseline_score))
 
     def bisected(self, max_error: float) -> Computation[Attribution]:
-        """Refine the intervals that err most; completeness holds on each, so each tells its own error."""
-        nodes = [_Node(i / FIRST_INTERVALS) for i in range(FIRST_INTERVALS + 1)]
-        yield [self._measure(nodes)]
-        evaluations = len(nodes)
+        """Bisect the intervals with the largest error; completeness holds on each, so each one's own error is known."""
+        nodes = yield from self._nodes([i / FIRST_INTERVALS for i in range(FIRST_INTERVALS + 1)])
         first, last = nodes[0], nodes[-1]
-        intervals = [_Interval(a, b) for a, b in pairwise(nodes)]
+        intervals = [_Interval(left, right) for left, right in pairwise(nodes)]
         heapq.heapify(intervals)
-        integral = sum(interval.trapezoid for interval in intervals)
-        while completeness_error(integral, last.score, first.score) > max_error and evaluations < self._case.budget:
-            worst = [heapq.heappop(intervals) for _ in range(min(BISECTED_AT_ONCE, self._case.budget - evaluations))]
-            middles = [_Node((interval.left.t + interval.right.t) / 2) for interval in worst]
-            yield [self._measure(middles)]
-            evaluations += len(middles)
+        while (left_over := self._case.budget - len(intervals) - 1) > 0:
+            rise = sum(interval.rise for interval in intervals)
+            if completeness_error(rise, last.score, first.score) <= max_error:
+                break
+            worst = [heapq.heappop(intervals) for _ in range(min(BISECTED_AT_ONCE, left_over))]
+            middles = yield from self._nodes([(interval.left.t + interval.right.t) / 2 for interval in worst])
             for interval, middle in zip(worst, middles, strict=True):
-                for half in (_Interval(interval.left, middle), _Interval(middle, interval.right)):
-                    heapq.heappush(intervals, half)
-            integral = sum(interval.trapezoid for interval in intervals)
-        total = torch.zeros_like(self._step)
+                heapq.heappush(intervals, _Interval(interval.left, middle))
+                heapq.heappush(intervals, _Interval(middle, interval.right))
+        integral = torch.zeros_like(self._step)
         for interval in intervals:
             for node in (interval.left, interval.right):
-                total.add_(node.gradient, alpha=interval.width / 2)
-        attribution = self._step * total
+                integral.add_(node.gradient, alpha=interval.width / 2)
+        attribution = self._step * integral
         error = completeness_error(float(attribution.sum()), last.score, first.score)
         return Attribution(attribution, first.score, error)
 
     def _points(self, at: Tensor) -> Callable[[int, int], Tensor]:
         return lambda start, stop: torch.lerp(self._baseline, self._case.input, at[start:stop, None, None, None])
 
-    def _measure(self, nodes: list["_Node"]) -> Rows:
-        at = self._step.new_tensor([node.t for node in nodes])
+    def _nodes(self, at: list[float]) -> Computation[list["_Node"]]:
+        """Evaluate the path's points at fractions of its length."""
+        nodes: list[_Node] = []
 
-        def keep(start: int, evaluation: Evaluation) -> None:
+        def add(start: int, evaluation: Evaluation) -> None:
             slopes = torch.tensordot(evaluation.gradients, self._step, 3).tolist()
             scores = evaluation.scores.tolist()
-            for node, gradient, slope, score in zip(nodes[start:], evaluation.gradients, slopes, scores, strict=False):
-                node.gradient = gradient.clone()  # a view would keep the whole pass's gradients alive
-                node.slope, node.score = slope, score
+            for t, score, slope, gradient in zip(at[start:], scores, slopes, evaluation.gradients, strict=False):
+                # A view would keep the whole pass's gradients alive.
+                nodes.append(_Node(t, score, slope, gradient.clone()))
 
-        return self._case.rows(len(nodes), self._points(at), keep)
+        yield [self._case.rows(len(at), self._points(self._step.new_tensor(at)), add)]
+        return nodes
 
 
+@dataclass(frozen=True)
 class _Node:
-    """A point t of the path: its score, the gradient there, and the score's slope along the path."""
+    """A point t of the path: its score, the score's slope along the path, and its gradient."""
 
-    gradient: Tensor
-    slope: float
+    t: float
     score: float
-
-    def __init__(self, t: float) -> None:
-        self.t = t
+    slope: float
+    gradient: Tensor
 
 
 class _Interval:
-    """A piece of the path; the one that errs most sorts first."""
+    """A piece of the path and the score's `rise` on it by the trapezoid rule; the one with the largest error sorts first."""
 
     def __init__(self, left: _Node, right: _Node) -> None:
         self.left, self.right = left, right
         self.width = right.t - left.t
-        self.trapezoid = self.width * (left.slope + right.slope) / 2
-        self._error = abs(right.score - left.score - self.trapezoid)
+        self.rise = self.width * (left.slope + right.slope) / 2
+        self._error = abs(right.score - left.score - self.rise)
 
     def __lt__(self, other: "_Interval") -> bool:
         return self._error > other._error
 
 
-@register("gradient_shap")
 @dataclass(frozen=True)
 class GradientShap(Method):
     """Expected gradients: gradients at random points of paths from baselines to the (noisy) input.
 
     map = E[(x + e - b) * dF(b + u (x + e - b))/dx], u uniform in [0, 1], e Gaussian of `stdev` times the
     input's range, b the baseline (with `noise`, another one for each sample). It sums to F(x) - E[F(b)] in
-    expectation; the error told is of this sample. arXiv:1906.10670, equation 7; SHAP's GradientExplainer.
+    expectation; the completeness error is this sample's. arXiv:1906.10670, equation 7; SHAP's GradientExplainer.
     """
+
+    name: ClassVar[str] = "gradient_shap"
 
     baseline: Baseline = Baseline.BLACK
     samples: int = 50
     stdev: float = 0.0
 
     def evaluations(self, classifier: Classifier) -> int:
-        return self.samples + self._baselines()
-
-    def _baselines(self) -> int:
-        return self.samples if self.baseline is Baseline.NOISE else 1
+        return self.samples + (self.samples if self.baseline is Baseline.NOISE else 1)
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        fixed = self.baseline.image(case)
-        # One random offset for evenly spaced points: as unbiased as free draws of u, and they err less.
-        offset = case.draw(Draw.PATH, 0).random()
-        one_path = not self.stdev and self.baseline is not Baseline.NOISE
-        total = torch.zeros_like(case.input)
+        paths = _Paths(self, case)
+        attribution, scores = yield from both(paths.expectation(), case.scores(paths.baselines, paths.baseline))
+        baseline_score = sum(scores) / len(scores)
+        return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score))
 
-        def baseline(sample: int) -> Tensor:
-            return self.baseline.image(case, sample) if self.baseline is Baseline.NOISE else fixed
 
-        def end(sample: int) -> Tensor:
-            return case.input + case.noise(sample, self.stdev) if self.stdev else case.input
+class _Paths:
+    """The random paths of one case, from a baseline to the input, and a point on each; all are one path without draws."""
 
-        def point(sample: int) -> Tensor:
-            return torch.lerp(baseline(sample), end(sample), (sample + offset) / self.samples)
+    def __init__(self, method: GradientShap, case: Case) -> None:
+        self._method, self._case = method, case
+        self._fixed = method.baseline.image(case)
+        self.baselines = method.samples if method.baseline is Baseline.NOISE else 1
+        # One random offset for evenly spaced points: as unbiased as free draws of u, with a smaller error.
+        self._offset = case.draw(Draw.PATH, 0).random()
+
+    def baseline(self, sample: int) -> Tensor:
+        """Return the start of a sample's path."""
+        return self._fixed if self.baselines == 1 else self._method.baseline.image(self._case, sample)
+
+    def end(self, sample: int) -> Tensor:
+        """Return the end of a sample's path."""
+        stdev = self._method.stdev
+        return self._case.input + self._case.noise(sample, stdev) if stdev else self._case.input
+
+    def point(self, sample: int) -> Tensor:
+        """Return the point of a sample's path where its gradient is taken."""
+        fraction = (sample + self._offset) / self._method.samples
+        return torch.lerp(self.baseline(sample), self.end(sample), fraction)
+
+    def expectation(self) -> Computation[Tensor]:
+        """Return the mean over samples of path times gradient."""
+        samples, point = self._method.samples, stacked(self.point)
+        if self.baselines == 1 and not self._method.stdev:
+            mean = yield from self._case.weighted_gradient(self._case.input.new_full((samples,), 1 / samples), point)
+            return mean * (self._case.input - self._fixed)
+        total = torch.zeros_like(self._case.input)
 
         def add(start: int, evaluation: Evaluation) -> None:
-            if one_path:
-                weights = evaluation.scores.new_full(evaluation.scores.shape, 1 / self.samples)
-                total.add_(evaluation.weighted_gradient(weights) * (case.input - fixed))
-                return
             for sample, gradient in enumerate(evaluation.gradients, start):
-                total.add_(gradient * (end(sample) - baseline(sample)), alpha=1 / self.samples)
+                total.add_(gradient * (self.end(sample) - self.baseline(sample)), alpha=1 / samples)
 
-        ends: list[float] = []
-        yield [
-            case.rows(self.samples, stacked(point), add, summed=one_path),
-            case.rows(self._baselines(), stacked(baseline), scores_into(ends), gradient=False),
-        ]
-        baseline_score = sum(ends) / len(ends)
-        return Attribution(total, baseline_score, known_error(total, case, baseline_score))
+        yield [self._case.rows(samples, point, add)]
+        return total

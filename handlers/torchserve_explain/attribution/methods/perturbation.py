@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
 from torchserve_explain.attribution.rows import Evaluation
 
 CELLS = 7  # across a random mask
 WINDOWS = 8  # side by side across the image; each is moved by half its side
 
 
-@register("occlusion")
 @dataclass(frozen=True)
 class Occlusion(Method):
     """How much the score falls when a window slides over the image and puts the baseline there.
@@ -27,6 +26,7 @@ class Occlusion(Method):
     section 4.2. A window is an eighth of the image wide and high, and moves by half of that.
     """
 
+    name: ClassVar[str] = "occlusion"
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
@@ -37,40 +37,33 @@ class Occlusion(Method):
     def attribute(self, case: Case) -> Computation[Attribution]:
         windows = _windows(*case.input.shape[-2:])
         hidden = self.baseline.image(case)
-        left, covered = (torch.zeros_like(case.input[:1]) for _ in range(2))
-        whole: list[float] = []
 
-        def occluded(place: int) -> Tensor:
-            rows, columns = windows[place]
+        def occluded(index: int) -> Tensor:
+            rows, columns = windows[index]
             image = case.input.clone()
             image[:, rows, columns] = hidden[:, rows, columns]
             return image
 
-        def add(start: int, evaluation: Evaluation) -> None:
-            for (rows, columns), score in zip(windows[start:], evaluation.scores.tolist(), strict=False):
-                left[:, rows, columns] += score
-                covered[:, rows, columns] += 1
-
-        yield [
-            case.rows(1, lambda _start, _stop: case.input[None], scores_into(whole), gradient=False),
-            case.rows(len(windows), stacked(occluded), add, gradient=False),
-        ]
-        return Attribution(whole[0] - left / covered)
+        (whole,), scores = yield from both(case.scores(1, lambda _: case.input), case.scores(len(windows), occluded))
+        left, covered = (torch.zeros_like(case.input[:1]) for _ in range(2))
+        for (rows, columns), score in zip(windows, scores, strict=True):
+            left[:, rows, columns] += score
+            covered[:, rows, columns] += 1
+        return Attribution(whole - left / covered)
 
 
 def _windows(height: int, width: int) -> list[tuple[slice, slice]]:
-    """Return the places of the sliding window, in reading order; together they cover the image."""
+    """Return the positions of the sliding window, in reading order; together they cover the image."""
     rows, columns = (_slices(length) for length in (height, width))
     return [(row, column) for row in rows for column in columns]
 
 
 def _slices(length: int) -> list[slice]:
     side = ceil(length / WINDOWS)
-    starts = [round(place * (length - side) / (2 * WINDOWS - 2)) for place in range(2 * WINDOWS - 1)]
+    starts = [round(index * (length - side) / (2 * WINDOWS - 2)) for index in range(2 * WINDOWS - 1)]
     return [slice(start, start + side) for start in starts]
 
 
-@register("rise")
 @dataclass(frozen=True)
 class Rise(Method):
     """How much higher the score is, on average over random masks, where a pixel is shown.
@@ -79,6 +72,7 @@ class Rise(Method):
     them shown, enlarged and shifted; arXiv:1806.07421, equation 6, by each pixel's own sum, less the mean score.
     """
 
+    name: ClassVar[str] = "rise"
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK

@@ -9,7 +9,7 @@ from torchserve_explain.attribution.computation import Computation, together
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 
 
-class Kind(StrEnum):
+class SmoothingKind(StrEnum):
     """Mean, mean of squares, or variance of the noisy copies' maps."""
 
     SMOOTHGRAD = "smoothgrad"
@@ -25,16 +25,16 @@ class Smoothing:
     `stdev` is a fraction of the input's range.
     """
 
-    kind: Kind
+    kind: SmoothingKind
     samples: int = 10
     stdev: float = 0.15
 
     def signed(self, method: Method) -> bool:
         """Whether the smoothed map can be negative."""
-        return self.kind is Kind.SMOOTHGRAD and method.signed
+        return self.kind is SmoothingKind.SMOOTHGRAD and method.signed
 
     def attribute(self, method: Method, case: Case) -> Computation[Attribution]:
-        """Ask for the rows of every copy and return the reduced map; completeness does not carry over to it."""
+        """Return the reduced map of all copies; the method's completeness does not carry over to it."""
         moments = Moments()
         copies = (method.attribute(case.noisy(k, self.stdev)) for k in range(self.samples))
         yield from together(copies, lambda attribution: moments.add(attribution.map))
@@ -59,13 +59,13 @@ class Moments:
         self._mean += off / self._count
         self._squares += off * (sample - self._mean)
 
-    def reduced(self, kind: Kind) -> Tensor:
+    def reduced(self, kind: SmoothingKind) -> Tensor:
         """Return the mean, the mean of squares or the variance of the maps taken in."""
         variance = self._squares / self._count
         match kind:
-            case Kind.SMOOTHGRAD:
+            case SmoothingKind.SMOOTHGRAD:
                 return self._mean
-            case Kind.SMOOTHGRAD_SQ:
+            case SmoothingKind.SMOOTHGRAD_SQ:
                 return variance + self._mean.square()
-            case Kind.VARGRAD:
+            case SmoothingKind.VARGRAD:
                 return variance

@@ -10,7 +10,7 @@ from skimage.segmentation import slic
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, background
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error
 from torchserve_explain.attribution.methods.method import (
@@ -19,11 +19,7 @@ from torchserve_explain.attribution.methods.method import (
     Draw,
     Method,
     pixels_of,
-    register,
-    scores_into,
-    stacked,
 )
-from torchserve_explain.attribution.rows import Rows
 
 SEGMENTS = 50  # about; SLIC decides
 KERNEL_WIDTH = 0.25  # of LIME's kernel, in cosine distance
@@ -42,14 +38,14 @@ class Superpixels:
         self.count = int(labels.max()) + 1
         self._labels = torch.from_numpy(labels).to(case.input.device)
 
-    def rows(self, coalitions: Floats, scores: list[float]) -> Rows:
-        """Ask for the score with only the coalition's regions shown, for each coalition [n, count] of 0 and 1."""
+    def scores(self, coalitions: Floats) -> Computation[Floats]:
+        """Return the score [n] with only a coalition's regions shown, for each coalition [n, count] of 0 and 1."""
         shown = torch.from_numpy(coalitions > 0).to(self._labels.device)
 
         def image(number: int) -> Tensor:
             return torch.where(shown[number][self._labels], self._case.input, self._hidden)
 
-        return self._case.rows(len(coalitions), stacked(image), scores_into(scores), gradient=False)
+        return np.array((yield from self._case.scores(len(coalitions), image)))
 
     def spread(self, weights: Floats) -> Tensor:
         """Return the map [1, H, W] in which each region's pixels share its weight evenly."""
@@ -58,7 +54,6 @@ class Superpixels:
         return shares[self._labels][None]
 
 
-@register("lime")
 @dataclass(frozen=True)
 class Lime(Method):
     """The weights of a linear model that predicts the score from which superpixels are shown, fitted near the image.
@@ -67,6 +62,7 @@ class Lime(Method):
     whole image; arXiv:1602.04938, equation 1. A region's pixels share its weight, signed.
     """
 
+    name: ClassVar[str] = "lime"
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
@@ -76,13 +72,12 @@ class Lime(Method):
         return self.samples
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        regions = Superpixels(case, self.baseline)
+        regions = yield from background(Superpixels, case, self.baseline)
         draw = case.draw(Draw.COALITION, 0)
         coalitions = (draw.random((self.samples, regions.count)) < 0.5).astype(float)
         coalitions[0] = 1  # the image itself
-        scores: list[float] = []
-        yield [regions.rows(coalitions, scores)]
-        return Attribution(regions.spread(local_ridge(coalitions, np.array(scores))))
+        scores = yield from regions.scores(coalitions)
+        return Attribution(regions.spread(local_ridge(coalitions, scores)))
 
 
 def local_ridge(coalitions: Floats, scores: Floats) -> Floats:
@@ -95,7 +90,6 @@ def local_ridge(coalitions: Floats, scores: Floats) -> Floats:
     return solution
 
 
-@register("kernel_shap")
 @dataclass(frozen=True)
 class KernelShap(Method):
     """Shapley values of superpixels: each one's mean rise of the score over all orders in which they are shown.
@@ -105,6 +99,7 @@ class KernelShap(Method):
     its value, signed.
     """
 
+    name: ClassVar[str] = "kernel_shap"
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
@@ -114,13 +109,12 @@ class KernelShap(Method):
         return self.samples + 2  # all regions, and none
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        regions = Superpixels(case, self.baseline)
+        regions = yield from background(Superpixels, case, self.baseline)
         drawn = shapley_coalitions(regions.count, self.samples, case.draw(Draw.COALITION, 0))
         ends = np.stack([np.ones(regions.count), np.zeros(regions.count)])
-        scores: list[float] = []
-        yield [regions.rows(np.concatenate([ends, drawn]), scores)]
-        whole, nothing, *rest = scores
-        values = shapley_values(drawn, np.array(rest) - nothing, whole - nothing)
+        scores = yield from regions.scores(np.concatenate([ends, drawn]))
+        whole, nothing = scores[:2].tolist()
+        values = shapley_values(drawn, scores[2:] - nothing, whole - nothing)
         attribution = regions.spread(values)
         return Attribution(attribution, nothing, completeness_error(float(attribution.sum()), whole, nothing))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from skimage.morphology import isotropic_dilation
 from skimage.segmentation import felzenszwalb
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, background
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, pixels_of, register
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, pixels_of
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 
 SCALES = (50, 100, 150, 250, 500, 1200)  # of Felzenszwalb's segmentation, for pixels from -1 to 1
@@ -22,7 +23,6 @@ SMALLEST, MARGIN = 150, 5  # a segment's pixels, and how far it is widened, in a
 Masks = NDArray[np.bool_]
 
 
-@register("xrai")
 @dataclass(frozen=True)
 class Xrai(Method):
     """Regions ranked by the Integrated Gradients that they hold: each pixel shows the density of the region it came in with.
@@ -30,6 +30,8 @@ class Xrai(Method):
     Segments of six scales are added one after the other, always the one whose new pixels have the largest mean
     attribution; arXiv:1906.02825, algorithm 1, with one baseline. Signed.
     """
+
+    name: ClassVar[str] = "xrai"
 
     baseline: Baseline = Baseline.BLACK
     max_error: float = 0.05
@@ -50,7 +52,8 @@ class Xrai(Method):
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         gradients = yield from self.path.attribute(case)
-        density = gathered(gradients.map.sum(0).double().cpu().numpy(), segments(case))
+        attribution = gradients.map.sum(0).double().cpu().numpy()
+        density = yield from background(lambda: gathered(attribution, segments(case)))
         return Attribution(torch.from_numpy(density).to(case.input)[None])
 
 
