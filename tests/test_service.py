@@ -1,12 +1,14 @@
 """The service between TorchServe and the engine: time runs out for whom it must, and for nobody else."""
 
 import base64
+import io
 import json
 
 import pytest
 import torch
 from conftest import small_cnn
 from live import picture
+from PIL import Image
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.serving.service import Row, Service
@@ -133,3 +135,22 @@ def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(s
             assert all("out of time" in details["reason"] for details in one["quality_details"].values())
         else:
             assert exchange.answer.body.count(b"not measured: out of time") == 4
+
+
+def test_a_small_maps_pictures_are_large_enough_to_be_looked_at(service):
+    (exchange,) = service.answer([EXPLANATION])
+    heatmap = json.loads(exchange.answer.body)["explanations"][0]["heatmap"]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(heatmap[name]))).size for name in ("overlay_png", "heatmap_png")]
+    assert sizes == [(224, 224)] * 2 and (heatmap["width"], heatmap["height"]) == (32, 32)
+
+
+def test_pages_are_what_they_say_and_stand_in_no_frame(service):
+    report = Row({"data": picture(), "method": b"sensitivity", "output": b"html"}, {"explain": "True"})
+    opened = Row({"body": b""}, {"explain": "True", "Accept": "text/html"})
+    for exchange in service.answer([report, opened]):
+        assert exchange.answer.content_type.startswith("text/html")
+        assert exchange.answer.headers == {
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+        }

@@ -34,7 +34,7 @@ from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.answers import NAMES, Class, Explanation
 from torchserve_explain.serving.errors import ClientError
 from torchserve_explain.serving.images import Picture, read_picture
-from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
+from torchserve_explain.serving.pictures import compact
 
 RECORDS = "records.jsonl"
 QUALITY = 85  # of pictures in WebP
@@ -176,9 +176,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, compact(explanation.values), allow_pickle=False)
         explanation.drawn.overlay.save(overlay_path(self._out, record), quality=QUALITY)
-        seen = explanation.picture.seen.convert("RGB")
-        seen.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        seen.save(seen_path(self._out, record), quality=QUALITY)
+        explanation.drawn.seen.convert("RGB").save(seen_path(self._out, record), quality=QUALITY)
 
     def _facts(self, one: Planned) -> Record:
         """Return what a record tells whatever came of the map."""
