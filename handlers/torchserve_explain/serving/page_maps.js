@@ -62,7 +62,7 @@ function drawStack(stack, explanation, photo, crop) {
     return;
   }
   const [left, top, right, bottom] = crop;
-  const factor = Math.max(1, Math.min(Math.ceil(224 / Math.min(width, height)), Math.floor(400 / Math.max(width, height))));
+  const factor = Math.max(1, Math.min(Math.ceil(224 / Math.min(width, height)), Math.floor(336 / Math.max(width, height))));
   Object.assign(canvas, { width: factor * width, height: factor * height });
   canvas.setAttribute("aria-label", "The part of the photo that the model saw");
   const context = canvas.getContext("2d");
