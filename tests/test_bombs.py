@@ -255,6 +255,13 @@ def test_a_tiff_of_a_header_alone_is_no_image(data):
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("data", [b"MMMM" + b"\xff" * 5000, b"RIFF\0\0\0\0WAVE" + b"\xff" * 5000])
+def test_what_is_neither_a_tiff_nor_a_webp_is_no_bomb(data):
+    with pytest.raises(ClientError, match="not an image") as caught:
+        read(data)
+    assert caught.value.status == 400
+
+
 def test_an_exif_block_that_takes_all_memory_is_not_passed_by(monkeypatch):
     def exhausted(self):
         raise MemoryError

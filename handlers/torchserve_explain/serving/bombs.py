@@ -40,9 +40,9 @@ def check_file(data: bytes, pixel_limit: int) -> None:
 
     Raises ClientError 413, or struct.error where a TIFF is broken.
     """
-    if data.startswith((b"II", b"MM")):
+    if data[:2] in (b"II", b"MM") and data[2:4] in (b"*\0", b"\0*", b"+\0", b"\0+"):
         _check_tiff(data, pixel_limit)
-    elif data.startswith(b"RIFF"):
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         _check_canvas(data, pixel_limit)
     blocks = {b"\xff\xd8": [b"Exif\0\0"], b"\x89P": [b"iCCP", b"zTXt", b"iTXt"]}.get(data[:2], [])
     if (count := sum(map(data.count, blocks))) > BLOCKS:
