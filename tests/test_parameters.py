@@ -14,9 +14,10 @@ from torch import nn
 from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.methods import METHODS, Smoothing
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
+from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
-from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters, read_parameters
+from torchserve_explain.serving.parameters import LONGEST_LIST, LONGEST_TEXT, Capabilities, Labels, Parameters, read_parameters
 
 FIELDS = Parameters.model_fields
 
@@ -309,6 +310,30 @@ def test_a_list_of_something_else_is_refused(name, value):
     assert refusal({name: value}).startswith(f"{name}: ")
 
 
+TEXTS = [*LISTS, "quality"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("separated", [",".join, list], ids=["text", "array"])
+def test_a_list_is_counted_before_it_is_looked_into(name, separated):
+    """Ordinary validation of what has no items would name the parameter's own values."""
+    items = separated(["all"] * (LONGEST_LIST + 1))
+    assert refusal({name: items}) == f"{name}: a list of 1001 items is not allowed; allowed: at most {LONGEST_LIST}"
+    assert read_parameters({name: separated(["all"] * LONGEST_LIST)})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_text_longer_than_anybody_needs_is_refused(name):
+    expected = f"{name}: a text of 100001 characters is not allowed; allowed: at most {LONGEST_TEXT}"
+    assert refusal({name: "x" * (LONGEST_TEXT + 1)}) == expected
+
+
+@pytest.mark.parametrize("value", ["deletion,deletion,insertion", "all,deletion,all", ["all"] * 1000])
+def test_a_quality_named_twice_is_measured_once(value):
+    found = list(read_parameters({"quality": value}).qualities())
+    assert found == (["deletion", "insertion"] if "insertion" in value else list(QUALITIES))
+
+
 @pytest.mark.parametrize("value", [True, False, [True], [1, False]])
 def test_a_truth_is_no_target(value):
     assert refusal({"target": value}).startswith("target: ")
@@ -392,6 +417,13 @@ def test_all_is_every_method_that_serves(classifier, flat_classifier):
 def test_methods_are_chosen_in_the_order_asked_for(classifier):
     names = list(METHODS)[::-1]
     assert Capabilities(classifier).choose(names) == names
+
+
+def test_a_method_named_twice_is_explained_once_and_in_its_first_place(classifier):
+    choose = Capabilities(classifier).choose
+    assert choose(["lime", "grad_cam", "lime"]) == ["lime", "grad_cam"]
+    assert choose(["all"] * 1000) == list(METHODS)
+    assert choose(["lime", "all"]) == ["lime", *(name for name in METHODS if name != "lime")]
 
 
 @pytest.mark.parametrize("name", ["", "gradcam", "GRAD_CAM", "x" * 100, "\u00e9", "\ud800"])

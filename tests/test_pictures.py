@@ -15,6 +15,7 @@ from torchserve_explain.serving.pictures import (
     LARGEST_SIDE,
     PAPER,
     SHADE,
+    SMALLEST_SIDE,
     STRIP,
     Cell,
     Scale,
@@ -22,8 +23,8 @@ from torchserve_explain.serving.pictures import (
     draw_heatmap,
     draw_overlay,
     draw_scale,
+    fitted,
     png,
-    reduced,
     small_png,
     with_scale,
 )
@@ -441,11 +442,11 @@ def test_a_cell_without_a_scale_has_paper_below_its_picture():
 # Large maps
 
 
-@pytest.mark.parametrize("size", [(LARGEST_SIDE, LARGEST_SIDE), (LARGEST_SIDE, 3), (1, 1)])
-def test_a_map_that_is_small_enough_stays_as_it_is(size):
+@pytest.mark.parametrize("size", [(LARGEST_SIDE, LARGEST_SIDE), (SMALLEST_SIDE, LARGEST_SIDE), (SMALLEST_SIDE, SMALLEST_SIDE)])
+def test_a_map_of_an_ordinary_size_stays_as_it_is(size):
     drawn, seen = np.ones(size[::-1], np.float32), photo(*size)
-    smaller, picture = reduced(drawn, seen)
-    assert smaller is drawn and picture is seen
+    fit, picture = fitted(drawn, seen)
+    assert fit is drawn and picture is seen
 
 
 @pytest.mark.parametrize(
@@ -459,28 +460,68 @@ def test_a_map_that_is_small_enough_stays_as_it_is(size):
     ],
 )
 def test_a_large_map_and_its_image_shrink_alike(size, expected):
-    smaller, picture = reduced(np.zeros(size[::-1], np.float32), photo(*size))
+    smaller, picture = fitted(np.zeros(size[::-1], np.float32), photo(*size))
     assert smaller.shape == expected[::-1] and picture.size == expected
 
 
 def test_a_large_map_is_averaged_and_not_sampled():
     drawn = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
-    smaller, _ = reduced(drawn, photo(512, 512))
+    smaller, _ = fitted(drawn, photo(512, 512))
     assert np.allclose(smaller, drawn.reshape(256, 2, 256, 2).mean((1, 3)), atol=1e-6)
 
 
 def test_a_large_image_is_averaged_and_not_sampled():
     seen = photo(512, 512)
-    _, picture = reduced(np.zeros((512, 512), np.float32), seen)
+    _, picture = fitted(np.zeros((512, 512), np.float32), seen)
     assert np.abs(colours(picture) - colours(seen).reshape(256, 2, 256, 2, 3).mean((1, 3))).max() <= 1
 
 
 def test_a_reduced_map_can_be_drawn():
     drawn = np.zeros((400, 600), np.float32)
     drawn[:200] = 1
-    smaller, picture = reduced(drawn, photo(600, 400))
+    smaller, picture = fitted(drawn, photo(600, 400))
     overlay = colours(draw_overlay(smaller, Scale.of(smaller, False, "gray", 99), picture, 1))
     assert (overlay[:80] == 255).all() and (overlay[90:] < 255).any()
+
+
+# Small maps
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((32, 32), (224, 224)),
+        ((28, 28), (224, 224)),
+        ((64, 48), (320, 240)),
+        ((168, 160), (336, 320)),
+        ((169, 169), (169, 169)),
+        ((1, 1), (224, 224)),
+        ((256, 2), (256, 2)),
+        ((2, 100), (6, 300)),
+    ],
+)
+def test_a_small_map_and_its_image_grow_alike_and_by_a_whole_factor(size, expected):
+    larger, picture = fitted(np.zeros(size[::-1], np.float32), photo(*size))
+    assert larger.shape == expected[::-1] and picture.size == expected
+
+
+def test_each_value_of_a_small_map_becomes_a_square():
+    drawn = np.random.default_rng(0).normal(size=(32, 40)).astype(np.float32)
+    larger, _ = fitted(drawn, photo(40, 32))
+    assert (larger.reshape(32, 7, 40, 7) == drawn[:, None, :, None]).all()
+
+
+def test_a_small_image_grows_smoothly():
+    edge = Image.fromarray(np.repeat(np.uint8([[0] * 16 + [200] * 16]), 32, 0))
+    _, picture = fitted(np.zeros((32, 32), np.float32), edge)
+    row = np.asarray(picture, dtype=int)[112]
+    assert len(np.unique(row)) > 5 and (row[:90] == 0).all() and (row[-90:] == 200).all()
+
+
+def test_the_digits_of_a_small_maps_scale_stand_apart():
+    larger, picture = fitted(np.zeros((32, 32), np.float32), photo(32, 32))
+    strip = colours(with_scale(picture, Scale("red_blue", 1.234e-5)))[-STRIP:]
+    assert larger.shape == (224, 224) and np.ptp(strip[STRIP // 2, 80:144], axis=1).max() > 100
 
 
 # Encoding
@@ -505,6 +546,26 @@ def smooth(side=128):
 def test_a_small_png_is_nearly_the_picture():
     decoded = colours(Image.open(io.BytesIO(small_png(smooth()))))
     assert np.abs(decoded - colours(smooth())).mean() < 8
+
+
+def test_a_small_png_shows_a_gradient_without_bands():
+    """Octree quantisation alone leaves 12 greys, 8 off."""
+    ramp = Image.fromarray(np.tile(np.linspace(20, 200, 224).astype(np.uint8)[None, :, None], (224, 1, 3)))
+    decoded = colours(Image.open(io.BytesIO(small_png(ramp))))
+    assert np.abs(decoded - colours(ramp)).max() <= 5 and len(np.unique(decoded)) > 40
+
+
+def test_a_small_png_keeps_a_single_bright_pixel():
+    """A sample of the pixels alone misses it."""
+    picture = np.tile(np.linspace(20, 200, 224).astype(np.uint8)[None, :, None], (224, 1, 3))
+    picture[102, 102] = (255, 59, 26)
+    decoded = Image.open(io.BytesIO(small_png(Image.fromarray(picture))))
+    assert decoded.convert("RGB").getpixel((102, 102)) == (255, 59, 26)
+
+
+@pytest.mark.parametrize("picture", [Image.new("L", (1, 1), 7), Image.new("RGB", (3, 500), "red"), photo(5, 2)], ids=str)
+def test_a_small_png_of_few_pixels_is_exact(picture):
+    assert (colours(Image.open(io.BytesIO(small_png(picture)))) == colours(picture)).all()
 
 
 def test_a_small_png_is_smaller():

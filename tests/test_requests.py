@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.errors import bad_request
 from torchserve_explain.serving.parameters import read_parameters
-from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
+from torchserve_explain.serving.requests import MOST_FIELDS, MOST_INSTANCES, Instance, Protocol, Request, read_request
 
 IMAGE = b"\x89PNG any bytes \xff\x00"
 TEXT = base64.b64encode(IMAGE).decode()
@@ -293,6 +295,12 @@ def test_v1_fields_beside_the_instances_are_for_all_and_weaker():
     assert (first.fields, second.fields) == ({"seed": 1, "method": "lime"}, {"seed": 2, "method": "lime"})
 
 
+def test_an_image_beside_the_instances_is_decoded_once_for_all():
+    first, second = read_request({"body": {"instances": [{"seed": 1}, {"seed": 2}], "data": TEXT}}, {}).instances
+    assert first.image is second.image and first.image == IMAGE
+    assert (first.fields, second.fields) == ({"seed": 1}, {"seed": 2})
+
+
 @pytest.mark.parametrize("instances", [None, [], {}, "x", 1, [TEXT], [{"data": TEXT}, None]])
 def test_v1_without_proper_instances_is_refused(instances):
     assert refusal({"body": {"instances": instances}}).startswith("instances:")
@@ -373,6 +381,60 @@ def test_v2_parameters_hold_no_image():
 @pytest.mark.parametrize("image", [5, "no base64!"])
 def test_v2_with_an_element_that_is_no_image_is_refused(image):
     assert refusal({"body": v2_body([TEXT, image])}).startswith("instance 1: data:")
+
+
+# Too many, or too long
+
+
+def over(body, *limit):
+    with pytest.raises(RequestError) as caught:
+        read_request({"body": body}, {}, "", *limit)
+    return caught.value
+
+
+@pytest.mark.parametrize("body", [{"instances": [{"data": "?"}] * 3}, v2_body(["?"] * 3)], ids=["v1", "v2"])
+def test_instances_are_counted_before_any_is_decoded(body):
+    error = over(body, 2)
+    assert (error.status, str(error)) == (422, "3 instances asked for; allowed: at most 2")
+    assert "base64" in str(over(body, 3))
+
+
+@pytest.mark.parametrize("instance", ["no object", {"data": TEXT}])
+def test_more_instances_than_anybody_needs_are_refused_unasked(instance):
+    assert over({"instances": [instance] * (MOST_INSTANCES + 1)}).status == 422
+    assert over(v2_body([instance] * (MOST_INSTANCES + 1))).status == 422
+
+
+def test_as_many_instances_as_allowed_are_read():
+    assert len(read_request({"body": v2_body([TEXT] * 3)}, {}, "", 3).instances) == 3
+
+
+MANY = {f"field{index}": b"\xff" for index in range(MOST_FIELDS + 1)}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MANY,
+        {"body": MANY},
+        {"body": {"instances": [{"data": TEXT}, MANY]}},
+        {"body": {"instances": [{"data": TEXT}], **MANY}},
+        {"body": v2_body([TEXT], parameters=MANY)},
+    ],
+    ids=["form", "JSON", "v1 instance", "v1", "v2 parameters"],
+)
+def test_fields_are_counted_before_any_is_read(row):
+    assert re.fullmatch(rf"10\d fields are not allowed; allowed: at most {MOST_FIELDS}", refusal(row))
+
+
+def test_blanks_between_base64_take_no_memory():
+    text, size = "A A A A " * 250_000, 2_000_000
+    tracemalloc.start()
+    try:
+        assert len(one(read_request({"body": {"data": text}}, {})).image) == 750_000
+        assert tracemalloc.get_traced_memory()[1] < 4 * size
+    finally:
+        tracemalloc.stop()
 
 
 # Which instance an error is about

@@ -1,6 +1,7 @@
 """The straight line from a request to its answer: time runs out for whom it must, and for nobody else."""
 
 import base64
+import io
 import json
 import time
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import small_cnn
 from live import picture, white
+from PIL import Image
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
@@ -163,10 +165,10 @@ def test_the_accept_header_says_nothing_to_kserve(service):
 
 
 def test_more_maps_than_can_be_drawn_in_time_are_refused(service):
-    fields = {"method": b",".join([b"sensitivity"] * 20), "target": b"0,1,2,3,4", "data": picture()}
-    service._planner._limits = service.limits.model_copy(update={"explanations": 99})
+    fields = {"method": b"sensitivity", "target": b"0,1,2,3,4", "data": picture()}
+    service._planner._limits = service.limits.model_copy(update={"explanations": 4})
     (answer,) = answers(service, explain(fields))
-    assert answer.status == 422 and b"100 explanations" in answer.body
+    assert answer.status == 422 and b"5 explanations" in answer.body
 
 
 def test_what_is_echoed_makes_the_same_map_again(service):
@@ -206,3 +208,22 @@ def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(s
         assert all("out of time" in details["reason"] for details in one["quality_details"].values())
     else:
         assert answer.body.count(b"not measured: out of time") == 4
+
+
+def test_a_small_maps_pictures_are_large_enough_to_be_looked_at(service):
+    (answer,) = answers(service, explain())
+    heatmap = json.loads(answer.body)["explanations"][0]["heatmap"]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(heatmap[name]))).size for name in ("overlay_png", "heatmap_png")]
+    assert sizes == [(224, 224)] * 2 and (heatmap["width"], heatmap["height"]) == (32, 32)
+
+
+def test_pages_are_what_they_say_and_stand_in_no_frame(service):
+    report = explain(EXPLANATION | {"output": b"html"})
+    opened = explain({"body": b""}, ASKED | {"Accept": "text/html"})
+    for answer in answers(service, report, opened):
+        assert answer.content_type.startswith("text/html")
+        assert answer.headers == {
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+        }

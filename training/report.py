@@ -17,7 +17,7 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.serving.images import Picture, read_picture
-from torchserve_explain.serving.pictures import Map, Scale, draw_overlay, png
+from torchserve_explain.serving.pictures import Map, Scale, draw_overlay, fitted, small_png
 from torchserve_explain.serving.settings import Limits, Preprocessing
 from training.data import PIXELS, Data
 
@@ -107,8 +107,8 @@ def overlay(engine: Engine, picture: Picture, target: int, method: str) -> str:
     """Explain a picture's target and lay the map over it."""
     classifier = engine.classifier
     job = Job(METHODS[method](), Case(classifier, picture.input.to(classifier.device, classifier.dtype), target))
-    values = explain(engine, [job])[0]
-    return encoded(draw_overlay(values, Scale.of(values, job.signed, None, 99), picture.seen, 0.5))
+    values, seen = fitted(explain(engine, [job])[0], picture.seen)
+    return encoded(draw_overlay(values, Scale.of(values, job.signed, None, 99), seen, 0.5))
 
 
 def explain(engine: Engine, jobs: Sequence[Job]) -> list[Map]:
@@ -118,4 +118,4 @@ def explain(engine: Engine, jobs: Sequence[Job]) -> list[Map]:
 
 def encoded(image: Image.Image) -> str:
     """Return a picture as base64 of its PNG."""
-    return base64.b64encode(png(image.convert("RGB").quantize(256))).decode()
+    return base64.b64encode(small_png(image)).decode()

@@ -23,7 +23,7 @@ from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
 from torchserve_explain.serving.answers import Class, Explanation
 from torchserve_explain.serving.images import Picture, read_picture
-from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
+from torchserve_explain.serving.pictures import compact
 
 RECORDS = "records.jsonl"
 QUALITY = 85  # of pictures in WebP
@@ -165,9 +165,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, compact(explanation.values), allow_pickle=False)
         explanation.drawn.overlay.save(overlay_path(self._out, record), quality=QUALITY)
-        seen = explanation.picture.seen.convert("RGB")
-        seen.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        seen.save(seen_path(self._out, record), quality=QUALITY)
+        explanation.drawn.seen.convert("RGB").save(seen_path(self._out, record), quality=QUALITY)
 
     def _facts(self, one: Planned) -> Record:
         """Return what a record tells whatever came of the map."""

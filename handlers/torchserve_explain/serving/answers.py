@@ -30,13 +30,15 @@ from torchserve_explain.serving.pictures import (
     draw_heatmap,
     draw_overlay,
     draw_scale,
+    fitted,
     png,
-    reduced,
     small_png,
     with_scale,
 )
 
 HERE = Path(__file__).parent
+# A page is what it says it is, stands in no frame of another site, and tells no other site where it is.
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Explanation:
             "baseline_score": attribution.baseline_score,
             "quality": {name: _value(outcome) for name, (_, outcome) in self.measured.items()},
             "heatmap": {
-                "width": drawn.heatmap.width,
-                "height": drawn.heatmap.height,
+                "width": self.values.shape[1],
+                "height": self.values.shape[0],
                 "minimum": float(self.values.min()),
                 "maximum": float(self.values.max()),
                 "scale": {"colormap": drawn.scale.colormap, "from": drawn.scale.lowest, "to": drawn.scale.limit},
@@ -136,17 +138,18 @@ class Explanation:
     @cached_property
     def drawn(self) -> "Drawn":
         """The map's pictures."""
-        values, seen = reduced(self.values, self.picture.seen)
+        values, seen = fitted(self.values, self.picture.seen)
         scale = Scale.of(values, self.job.signed, self.parameters.colormap, self.parameters.clip)
         overlay = draw_overlay(values, scale, seen, self.parameters.overlay)
-        return Drawn(scale, draw_heatmap(values, scale), overlay)
+        return Drawn(scale, seen, draw_heatmap(values, scale), overlay)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A map's pictures and the scale they share."""
+    """A map's pictures of one size, what the model saw among them, and the scale they share."""
 
     scale: Scale
+    seen: Image.Image
     heatmap: Image.Image
     overlay: Image.Image
 
@@ -183,7 +186,7 @@ def as_png(report: Report) -> Answer:
         drawn = report.explanations[0].drawn
         return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
     predicted = report.predicted
-    cells = [Cell(report.picture.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
+    cells = [Cell(report.explanations[0].drawn.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
     cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in report.explanations]
     return Answer(png(contact_sheet(cells)), "image/png")
 
@@ -206,10 +209,8 @@ def as_html(report: Report) -> Answer:
         }
         for explanation in report.explanations
     ]
-    html = (
-        _templates().get_template("report.html").render(report=report, seen=_base64(small_png(report.picture.seen)), maps=maps)
-    )
-    return Answer(html.encode(), "text/html; charset=utf-8")
+    seen = _base64(small_png(report.explanations[0].drawn.seen))
+    return html_answer(_templates().get_template("report.html").render(report=report, seen=seen, maps=maps))
 
 
 RENDERERS: dict[str, Callable[[Report], Answer]] = {"json": as_json, "png": as_png, "npy": as_npy, "html": as_html}
@@ -218,6 +219,11 @@ RENDERERS: dict[str, Callable[[Report], Answer]] = {"json": as_json, "png": as_p
 def json_answer(content: object, status: int = 200) -> Answer:
     """Answer JSON; numbers that JSON has no word for are a fault of ours and raise ValueError."""
     return Answer(json.dumps(content, allow_nan=False).encode(), "application/json", status)
+
+
+def html_answer(html: str) -> Answer:
+    """Answer a page."""
+    return Answer(html.encode(), "text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
 def describe(explanation: Explanation) -> str:

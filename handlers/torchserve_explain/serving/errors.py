@@ -28,7 +28,7 @@ def from_engine(error: AttributionError) -> RequestError:
 def shown(value: object) -> str:
     """Return a client's value fit for a message: ASCII, at most 60 characters."""
     try:
-        text = ascii(value)
+        text = ascii(value[:61] if isinstance(value, str | bytes) else value)  # of a long text no more than is shown
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

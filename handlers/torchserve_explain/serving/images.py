@@ -1,22 +1,21 @@
 """Uploaded bytes become what the model sees, the way a person expects of their picture."""
 
-import io
-from contextlib import suppress
+import logging
 from dataclasses import dataclass
-from http import HTTPStatus
 from math import ceil, floor
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
 from torchserve_explain.errors import RequestError
+from torchserve_explain.serving.bombs import Upload, check_file, check_image, too_large
 from torchserve_explain.serving.errors import bad_request
 from torchserve_explain.serving.settings import Preprocessing
 
+log = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders that run no code of the file's
-SCANS = 20  # each scan of a progressive JPEG goes over all pixels again; a few bytes can hold thousands of them
 ELONGATED = 8  # times longer than wide
 
 
@@ -51,13 +50,9 @@ def _decoded(data: bytes, pixel_limit: int) -> Image.Image:
     if not data:
         raise bad_request('no image: send one as the body, as form field \'data\' or as JSON {"data": "<base64>"}')
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        pixels, size = image.width * image.height, f"{image.width}x{image.height}"
-        scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1
-        if pixels > pixel_limit:
-            raise too_large(size, f"at most {pixel_limit} pixels")
-        if pixels * scans > SCANS * pixel_limit:
-            raise too_large(f"{size} in {scans} scans", f"at most {SCANS * pixel_limit} pixels in all scans")
+        check_file(data, pixel_limit)
+        image = Image.open(Upload(data), formats=FORMATS)
+        check_image(image, data, pixel_limit)
         image.load()
     except (RequestError, MemoryError):
         raise
@@ -77,15 +72,15 @@ def _hint(data: bytes) -> str:
     return "; to send a file with curl: -F data=@FILE" if looks_like_a_name else ""
 
 
-def too_large(size: str, allowed: str) -> RequestError:
-    """The image has more to decode than the archive allows."""
-    return RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"data: the image is {size}; allowed: {allowed}")
-
-
 def _upright(image: Image.Image, mode: str) -> Image.Image:
     """Turn the image as its EXIF tag says, put it on white where it is transparent, and reduce it to 8 bits."""
-    with suppress(Exception):  # a broken EXIF block tells no orientation, and spoils nothing else
-        image = ImageOps.exif_transpose(image)
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # turning copies an image that lies right already
+            image = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        log.debug("a broken EXIF block tells no orientation, and spoils nothing else: %r", error)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     if image.has_transparency_data:
@@ -97,12 +92,15 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and float greyscale to 8 bits by the range that its values show; transparent is white."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    values = np.nan_to_num(np.array(image, dtype=np.float32), copy=False)  # in place from here: it may be large
     largest = values.max(initial=0)
     top = next((limit for limit in (1.0, 255.0, 65535.0) if largest <= limit and (limit > 1 or image.mode == "F")), largest)
     top = 65535.0 if image.mode.startswith("I;16") else top
-    scaled = (values.clip(0, top) * np.float32(255 / top)).round().astype(np.uint8)
-    scaled[values == image.info.get("transparency")] = 255
+    transparent = values == image.info.get("transparency")
+    values.clip(0, top, out=values)
+    values *= np.float32(255 / top)
+    scaled = values.round(out=values).astype(np.uint8)
+    scaled[transparent] = 255
     return Image.fromarray(scaled)
 
 

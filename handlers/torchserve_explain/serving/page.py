@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from torchserve_explain.serving.answers import Answer
+from torchserve_explain.serving.answers import Answer, html_answer
 
 HERE = Path(__file__).parent
 SCRIPTS = ("page_fields.js", "page_maps.js", "page.js")
@@ -28,7 +28,7 @@ def try_it_page(report: Mapping[str, Any], keyed: bool) -> Answer:
     html = environment.get_template("page.html").render(
         report=report, keyed=keyed, sample=sample(), policy=policy(style, script), style=Markup(style), script=Markup(script)
     )
-    return Answer(html.encode(), "text/html; charset=utf-8")
+    return html_answer(html)
 
 
 def policy(style: str, script: str) -> str:

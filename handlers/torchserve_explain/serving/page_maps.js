@@ -49,7 +49,8 @@ function curves(details) {
   });
 }
 
-// What the model saw, under the map: the part `crop` of the upright photo at the map's size.
+// What the model saw, under the map: the part `crop` of the upright photo at the map's size, or where that is small at a
+// multiple of it, as the server's pictures are.
 function drawStack(stack, explanation, photo, crop) {
   const { width, height, heatmap_png, overlay_png, scale } = explanation.heatmap;
   const canvas = find("canvas", stack);
@@ -61,13 +62,14 @@ function drawStack(stack, explanation, photo, crop) {
     return;
   }
   const [left, top, right, bottom] = crop;
-  Object.assign(canvas, { width, height });
+  const factor = Math.max(1, Math.min(Math.ceil(224 / Math.min(width, height)), Math.floor(336 / Math.max(width, height))));
+  Object.assign(canvas, { width: factor * width, height: factor * height });
   canvas.setAttribute("aria-label", "The part of the photo that the model saw");
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.fillStyle = "white"; // where the photo is transparent, as the server sees it
-  context.fillRect(0, 0, width, height);
-  context.drawImage(photo.bitmap, left, top, right - left, bottom - top, 0, 0, width, height);
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(photo.bitmap, left, top, right - left, bottom - top, 0, 0, canvas.width, canvas.height);
   stack.classList.toggle("diverging", scale.from < 0); // colours of the photo would be mistaken for the map's
 }
 

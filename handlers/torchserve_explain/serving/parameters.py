@@ -17,7 +17,8 @@ from torchserve_explain.attribution.rows import Score
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.errors import bad_request, shown
 
-LONGEST_LIST = 1000  # far beyond every limit, and short enough to be looked at item by item
+# Far beyond every limit, and short enough to be split and looked at item by item.
+LONGEST_LIST, LONGEST_TEXT = 1000, 100_000
 Output = Literal["json", "png", "npy", "html"]
 
 
@@ -117,13 +118,21 @@ def read_parameters(*layers: Mapping[str, object]) -> Parameters:
     for name, value in merged.items():
         if name not in known:
             raise bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(known)}")
-        if isinstance(value, list) and len(value) > LONGEST_LIST:
-            raise bad_request(f"{name}: a list of {len(value)} items is not allowed; allowed: at most {LONGEST_LIST}")
+        _check_length(name, value)
     try:
         return Parameters.model_validate(merged)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         raise bad_request(f"{name}: {shown(merged[name])} is not allowed; allowed: {known[name].description}") from None
+
+
+def _check_length(name: str, value: object) -> None:
+    """Raise RequestError 400 for a text or a list, as JSON or between commas, that is too long to be looked into."""
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise bad_request(f"{name}: a text of {len(value)} characters is not allowed; allowed: at most {LONGEST_TEXT}")
+    items = value.count(",") + 1 if isinstance(value, str) else len(value) if isinstance(value, list) else 1
+    if items > LONGEST_LIST:
+        raise bad_request(f"{name}: a list of {items} items is not allowed; allowed: at most {LONGEST_LIST}")
 
 
 class Capabilities:
@@ -134,13 +143,13 @@ class Capabilities:
         self.methods = [name for name in METHODS if name not in self.refused]
 
     def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
-        """Return the names with `all` spelt out: what serves the model and the score.
+        """Return the names, each once, with `all` spelt out: what serves the model and the score.
 
         Raises RequestError 400 for a name that is unknown or cannot serve.
         """
         suited = [name for name in self.methods if score is Score.LOGIT or METHODS[name].explains_probability]
         chosen: list[str] = []
-        for name in names:
+        for name in dict.fromkeys(names):
             if name in self.refused:
                 raise bad_request(f"method: {name} cannot serve this model: {self.refused[name]}")
             if name != "all" and name not in self.methods:
@@ -148,7 +157,7 @@ class Capabilities:
             if name != "all" and name not in suited:
                 raise bad_request(f"score: {name} has no rule for the softmax; allowed: logit")
             chosen += suited if name == "all" else [name]
-        return chosen
+        return list(dict.fromkeys(chosen))
 
 
 def _refusal(method: type[Method], classifier: Classifier) -> str | None:

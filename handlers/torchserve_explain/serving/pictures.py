@@ -1,8 +1,10 @@
 """Maps drawn: heat maps, overlays, their scale, and the contact sheet of several."""
 
 import io
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, sqrt
 
 import numpy as np
@@ -12,8 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torchserve_explain.serving.colormaps import DIVERGING, DIVERGING_DEFAULT, SEQUENTIAL_DEFAULT, table
 
 Map = NDArray[np.float32]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, PAPER = (235, 235, 235), (24, 24, 28)
-LARGEST_SIDE = 256  # of a picture, in pixels; the values travel at full size when asked for
+LARGEST_SIDE = 256  # to which a large map is reduced, in pixels; the values travel at full size when asked for
+SMALLEST_SIDE, LARGEST_ENLARGED = 224, 336  # that a small map's shorter side should have, and its longer at most
 STRIP = 12  # height of a scale, in pixels
 SHADE = 0.6  # how far the image darkens where the map says nothing, at full opacity
 VIVID = 0.75  # where in its colours an overlay starts
@@ -49,15 +53,23 @@ class Scale:
         return fraction.clip(-1 if self.colormap in DIVERGING else 0, 1)
 
     def indices(self, values: Map) -> NDArray[np.uint8]:
-        """Return each value's place in the colour table."""
-        strength = self.strength(values)
+        """Return each value's index in the colour table."""
+        return self.colours(self.strength(values))
+
+    def colours(self, strength: Map) -> NDArray[np.uint8]:
+        """Return the index in the colour table that stands for each fraction of full colour."""
         unit = (strength + 1) / 2 if self.colormap in DIVERGING else strength
         return (unit * 255).round().astype(np.uint8)
 
 
 def draw_heatmap(values: Map, scale: Scale) -> Image.Image:
     """Draw the map [H, W] alone, one table entry a pixel."""
-    image = Image.fromarray(scale.indices(values))
+    return _coloured(scale.indices(values), scale)
+
+
+def _coloured(indices: NDArray[np.uint8], scale: Scale) -> Image.Image:
+    """Return indices in the colour table as a picture with that palette."""
+    image = Image.fromarray(indices)
     image.putpalette(table(scale.colormap).tobytes())
     return image
 
@@ -67,23 +79,22 @@ def draw_overlay(values: Map, scale: Scale, seen: Image.Image, opacity: float) -
 
     `opacity` 0 leaves the image alone, 1 hides it where the map is strongest.
     """
-    image = np.asarray(seen.convert("RGB"), dtype=np.float32)
+    under = seen.convert("RGB")
     if scale.colormap in DIVERGING:  # red and blue would be lost among an image's own colours
-        grey = np.asarray(seen.convert("L"), dtype=np.float32)[..., None]
-        image = image + min(1, 2 * opacity) * (grey - image)
+        under = Image.blend(under, seen.convert("L").convert("RGB"), min(1, 2 * opacity))
+    under = under.point([round(value * (1 - SHADE * opacity)) for value in range(256)] * 3)
     strength = scale.strength(values)
-    weight = np.minimum(1, 2 * opacity * np.abs(strength))[..., None]
+    size = np.abs(strength)
+    weight = (255 * (2 * opacity * size).clip(max=1)).round().astype(np.uint8)
     # The vivid end of the colours stands for strength; their dark or white start would only cover the image.
-    vivid = np.copysign(np.maximum(np.abs(strength), VIVID), strength) * np.float32(scale.limit)
-    colours = table(scale.colormap)[scale.indices(vivid)].astype(np.float32)
-    shown = image * (1 - SHADE * opacity) * (1 - weight) + colours * weight
-    return Image.fromarray(shown.round().astype(np.uint8))
+    vivid = np.copysign(size.clip(min=VIVID), strength)
+    return Image.composite(_coloured(scale.colours(vivid), scale).convert("RGB"), under, Image.fromarray(weight))
 
 
 def draw_scale(scale: Scale, width: int) -> Image.Image:
     """Draw the colours with the values of their ends, `width` x STRIP pixels."""
     strip = Image.new("RGB", (width, STRIP), PAPER)
-    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(10)
+    pen, font = ImageDraw.Draw(strip), _font(10)
     texts = (f"{scale.lowest:.2g}", f"{scale.limit:.2g}")
     left, right = (int(pen.textlength(text, font)) + 6 for text in texts)
     pen.text((3, STRIP // 2), texts[0], INK, font, anchor="lm")
@@ -115,40 +126,55 @@ class Cell:
 def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
     """Draw the cells side by side, each under its title and above its scale."""
     columns = ceil(sqrt(len(cells)))
-    font, small, gap, head = ImageFont.load_default(13), ImageFont.load_default(11), 8, 34
+    font, small, gap, head = _font(13), _font(11), 8, 34
     width = max(max(cell.picture.width for cell in cells), 160) + gap
     height = max(cell.picture.height for cell in cells) + head + STRIP + gap
     sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + gap), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for place, cell in enumerate(cells):
-        x, y = gap + place % columns * width, gap + place // columns * height
-        pen.text((x, y), _fitted(pen, cell.title, font, width - gap), INK, font)
-        pen.text((x, y + 17), _fitted(pen, cell.subtitle, small, width - gap), INK, small)
+    for index, cell in enumerate(cells):
+        x, y = gap + index % columns * width, gap + index // columns * height
+        pen.text((x, y), _shortened(pen, cell.title, font, width - gap), INK, font)
+        pen.text((x, y + 17), _shortened(pen, cell.subtitle, small, width - gap), INK, small)
         sheet.paste(cell.picture.convert("RGB"), (x, y + head))
         if cell.scale is not None:
             sheet.paste(draw_scale(cell.scale, cell.picture.width), (x, y + head + cell.picture.height))
     return sheet
 
 
-def _fitted(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _shortened(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     """Shorten a text to one line of a width in pixels."""
     text = " ".join(text.split())[:200]
     if pen.textlength(text, font) <= width:
         return text
-    while text and pen.textlength(text + "...", font) > width:
-        text = text[:-1]
-    return text + "..."
+
+    def too_long(length: int) -> bool:
+        return pen.textlength(text[:length] + "...", font) > width
+
+    return text[: bisect_left(range(1, len(text)), True, key=too_long)] + "..."
 
 
-def reduced(values: Map, seen: Image.Image) -> tuple[Map, Image.Image]:
-    """Return map and image no larger than LARGEST_SIDE, averaged down, so that an answer stays small."""
+@cache
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+def fitted(values: Map, seen: Image.Image) -> tuple[Map, Image.Image]:
+    """Return map and image at a size fit to be looked at and sent.
+
+    Larger than LARGEST_SIDE, both are averaged down. Where the shorter side is below SMALLEST_SIDE, they are enlarged
+    by a whole factor as far as the longer side allows: each value becomes a square, the image stays smooth.
+    """
     height, width = values.shape
     ratio = LARGEST_SIDE / max(height, width)
-    if ratio >= 1:
+    if ratio < 1:
+        size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+        smaller = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
+        return smaller, seen.resize(size, Image.Resampling.BOX)
+    factor = max(1, min(ceil(SMALLEST_SIDE / min(height, width)), LARGEST_ENLARGED // max(height, width)))
+    if factor == 1:
         return values, seen
-    size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
-    smaller = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
-    return smaller, seen.resize(size, Image.Resampling.BOX)
+    larger = values.repeat(factor, 0).repeat(factor, 1)
+    return larger, seen.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
 
 
 def compact(values: Map) -> Map | NDArray[np.float16]:
@@ -158,12 +184,21 @@ def compact(values: Map) -> Map | NDArray[np.float16]:
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode a picture."""
+    """Encode a picture; more effort than this level's takes twice the time for a hundredth of the size."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    image.save(stream, "PNG", compress_level=4)
     return stream.getvalue()
 
 
 def small_png(image: Image.Image) -> bytes:
-    """Encode an overlay with 256 colours: a third of its size, and hardly seen."""
-    return png(image.quantize(256))
+    """Encode an overlay with 256 colours: less than half of its size, and hardly seen.
+
+    Median cut shows no bands in gradients but is slow, so it chooses most colours for a sample of the pixels. Octree
+    quantisation is fast and coarse: it adds colours that the sample may have missed, such as a map's only bright spot.
+    """
+    picture = image.convert("RGB")
+    sample = picture.resize((48, 48), Image.Resampling.NEAREST).quantize(192)
+    rare = picture.quantize(64, Image.Quantize.FASTOCTREE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(b"".join(bytes(part.getpalette() or ()) for part in (sample, rare)))
+    return png(picture.quantize(palette=palette, dither=Image.Dither.NONE))

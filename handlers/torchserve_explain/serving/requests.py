@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import string
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from enum import Enum
 from typing import Any
 
 from torchserve_explain.errors import RequestError
-from torchserve_explain.serving.errors import bad_request, shown
+from torchserve_explain.serving.errors import bad_request, over_limit, shown
 
+MOST_FIELDS, MOST_INSTANCES = 100, 1000  # more than anybody needs, and few enough to be copied one by one
 ACCEPTED = {"image/png": "png", "text/html": "html", "application/json": "json"}
 
 
@@ -60,8 +62,14 @@ class Request:
         return self.explain and not self.instances
 
 
-def read_request(row: Mapping[str, Any], raw_headers: Mapping[str, Any], request_id: str = "") -> Request:
-    """Read one row of TorchServe's batch; raises RequestError 400."""
+def read_request(
+    row: Mapping[str, Any], raw_headers: Mapping[str, Any], request_id: str = "", most_instances: int = MOST_INSTANCES
+) -> Request:
+    """Read one row of TorchServe's batch; raises RequestError 400, or 422 for more instances than `most_instances`.
+
+    Fields and instances are counted before any is copied or decoded.
+    """
+    _check_count(row)
     # Form fields stand in the header dictionary too, as dictionaries; headers keep the client's case.
     headers = {name.lower(): value for name, value in raw_headers.items() if isinstance(value, str)}
     defaults = _defaults(headers)
@@ -72,10 +80,11 @@ def read_request(row: Mapping[str, Any], raw_headers: Mapping[str, Any], request
         opened = explain and headers.get("content-length", "0") == "0" and "content-type" not in headers
         return Request(Protocol.PLAIN, explain, () if opened else (Instance(b"", {}),), defaults)
     if "instances" in content:
-        return Request(Protocol.KSERVE_V1, explain, _v1(content), {})
+        return Request(Protocol.KSERVE_V1, explain, _v1(content, most_instances), {})
     if "inputs" in content:
         name = content.get("id")
-        return Request(Protocol.KSERVE_V2, explain, _v2(content), {}, name if isinstance(name, str) else request_id)
+        images = _v2(content, most_instances)
+        return Request(Protocol.KSERVE_V2, explain, images, {}, name if isinstance(name, str) else request_id)
     fields = dict(content)
     if "body" in fields:
         fields.setdefault("data", fields.pop("body"))  # as TorchServe's own handlers take it
@@ -116,7 +125,13 @@ def _content(row: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, An
         return {"data": bytes(body) if isinstance(body, bytearray) else body} if body else None
     if not isinstance(body, dict):
         raise bad_request(f"the body is a JSON {type(body).__name__}; allowed: an object with 'data', 'instances' or 'inputs'")
+    _check_count(body)
     return body
+
+
+def _check_count(fields: Mapping[str, Any]) -> None:
+    if len(fields) > MOST_FIELDS:
+        raise bad_request(f"{len(fields)} fields are not allowed; allowed: at most {MOST_FIELDS}")
 
 
 def _text(name: str, value: object) -> object:
@@ -145,7 +160,7 @@ def _image_bytes(image: object) -> bytes:
         raise bad_request(f"data: {shown(image)} is not an image; allowed: its bytes, or their base64 in JSON")
     text = image.partition(",")[2] if image.startswith("data:") else image
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text.encode("ascii").translate(None, string.whitespace.encode()), validate=True)
     except (binascii.Error, ValueError):
         raise bad_request(f"data: {shown(image)} is not base64") from None
 
@@ -161,15 +176,26 @@ def _numbered(instances: list[dict[str, Any]]) -> tuple[Instance, ...]:
     return tuple(read)
 
 
-def _v1(content: Mapping[str, Any]) -> tuple[Instance, ...]:
+def _check_instances(asked: list[Any], most: int) -> None:
+    if len(asked) > most:
+        raise over_limit(f"{len(asked)} instances asked for; allowed: at most {most}")
+
+
+def _v1(content: Mapping[str, Any], most: int) -> tuple[Instance, ...]:
     instances = content["instances"]
+    if isinstance(instances, list):
+        _check_instances(instances, most)
     if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
         raise bad_request('instances: allowed: a list of one or more objects {"data": "<base64>", ...}')
+    for instance in instances:
+        _check_count(instance)
     shared = {key: value for key, value in content.items() if key != "instances"}
+    if "data" in shared:
+        shared["data"] = _image_bytes(shared["data"])  # once for all
     return _numbered([{**shared, **instance} for instance in instances])
 
 
-def _v2(content: Mapping[str, Any]) -> tuple[Instance, ...]:
+def _v2(content: Mapping[str, Any], most: int) -> tuple[Instance, ...]:
     inputs, parameters = content["inputs"], content.get("parameters") or {}
     tensor = inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else None
     data = tensor.get("data") if isinstance(tensor, dict) else None
@@ -179,6 +205,8 @@ def _v2(content: Mapping[str, Any]) -> tuple[Instance, ...]:
         raise bad_request(f"shape: {shown(tensor['shape'])} is not that of {len(data)} images; allowed: [{len(data)}]")
     if not isinstance(parameters, dict):
         raise bad_request(f"parameters: {shown(parameters)} is not allowed; allowed: an object")
+    _check_instances(data, most)
+    _check_count(parameters)
     return _numbered([{**parameters, "data": image} for image in data])
 
 

@@ -102,11 +102,9 @@ class Service:
         return replace(answer, seconds=time.monotonic() - raw.arrived)
 
     def _answer(self, raw: RawRequest) -> Computation[Answer]:
-        request = yield from background(read_request, raw.data, raw.headers, raw.id)
+        request = yield from background(read_request, raw.data, raw.headers, raw.id, self.limits.instances)
         if request.page:
             return replace((yield from background(self._opened, request, raw.headers)), kind="page")
-        if len(request.instances) > self.limits.instances:
-            raise over_limit(f"{len(request.instances)} instances asked for; allowed: at most {self.limits.instances}")
         if not request.explain:
             predictions = yield from self._each(request, [self._predict(request, one) for one in request.instances])
             return replace(self._worded(request, predictions), kind="prediction")
