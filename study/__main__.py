@@ -13,10 +13,10 @@ from rich.console import Console
 from study.measure import PACK, Photo, Settings, make_grids, measure_grid, measure_photo, read_photo
 from study.tables import markdown, montage, write_csv
 from study.techniques import Technique, techniques
-from torchserve_explain.archiver import Refused
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records, write_records
 from torchserve_explain.paths import ROOT
 from torchserve_explain.photo import photo_path
@@ -91,7 +91,7 @@ def draw(engine: Engine, picture: Picture, path: Path) -> None:
     jobs = [Job(technique.method, case, technique.smoothing) for technique in chosen]
     maps = []
     for technique, job, finished in zip(chosen, jobs, engine.results(jobs), strict=True):
-        maps.append((technique.name, finished.result.map.sum(0).float().cpu().numpy(), job.signed))
+        maps.append((technique.name, finished.value.map.sum(0).float().cpu().numpy(), job.signed))
     montage(picture.seen, maps).save(path)
 
 
@@ -107,7 +107,7 @@ def main() -> int:
     settings = Settings() if options.disturbed is None else replace(Settings(), disturbed=options.disturbed)
     try:
         archive = load_archive(options.name)
-    except Refused as reason:
+    except ArchiveError as reason:
         print(f"study: {reason}", file=sys.stderr)
         return 1
     console = Console()

@@ -21,7 +21,6 @@ from scipy.ndimage import gaussian_filter
 
 from study.measure import PACK
 from study.techniques import SMOOTHED, Technique
-from torchserve_explain.archiver import Refused
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
@@ -30,6 +29,7 @@ from torchserve_explain.attribution.methods.cam import GradCam, LayerCam
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.offline import load_archive
 from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.images import Picture, read_picture
@@ -158,7 +158,7 @@ def main() -> int:
     options = command.parse_args()
     try:
         archive = load_archive("textile")
-    except Refused as reason:
+    except ArchiveError as reason:
         print(f"study.textile: {reason}; docs/training.md tells how it is trained", file=sys.stderr)
         return 1
     engine, preprocessing = Engine(archive.classifier, PACK), archive.settings.preprocessing

@@ -16,7 +16,8 @@ from conftest import ROOT, small_cnn
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from torchserve_explain.archiver import Refused, build_archive, parser
+from torchserve_explain.archiver import build_archive, parser
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.loading import build_network, load_classifier, read_labels
 from torchserve_explain.serving.settings import read_settings
 
@@ -87,7 +88,8 @@ def test_a_users_own_model_is_archived(archive, tmp_path):
     torch.save({name: torch.randn(shape) for name, shape in state.items()}, tmp_path / "w.pth")
     mar = archive("--model", tmp_path / "model.py", "--weights", tmp_path / "w.pth")
     names = set(zipfile.ZipFile(mar).namelist())
-    assert {"model.py", "weights.safetensors", "model-config.yaml", "explain_handler.py", "attribution/engine.py"} <= names
+    travels = {"explain_handler.py", "torchserve_explain/errors.py", "torchserve_explain/attribution/engine.py"}
+    assert travels | {"model.py", "weights.safetensors", "model-config.yaml"} <= names
     assert "index_to_name.json" not in names
 
 
@@ -123,7 +125,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(archive, tmp_path, cas
     if labels:
         (tmp_path / "l.txt").write_text(labels)
         options = [*options, "--labels", tmp_path / "l.txt"]
-    with pytest.raises(Refused, match=re.escape(reason)):
+    with pytest.raises(ArchiveError, match=re.escape(reason)):
         archive(*options, "--weights", tmp_path / "w.pth")
     assert not (tmp_path / "store").exists() and not Path("exploited").exists()
 
@@ -162,7 +164,7 @@ def test_a_wrong_command_is_refused_without_a_traceback(arguments, name, reason)
 def test_a_wrong_configuration_is_refused_naming_the_key(archive, tmp_path, content, reason):
     torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(Refused, match=re.escape(reason)):
+    with pytest.raises(ArchiveError, match=re.escape(reason)):
         archive("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth")
 
 
@@ -183,13 +185,13 @@ def test_a_file_that_cannot_be_read_is_refused(archive, tmp_path, option, conten
     path = tmp_path / option.strip("-")
     path.write_bytes(content)
     network = [] if option == "--model" else ["--arch", ARCHITECTURE]
-    with pytest.raises(Refused, match=re.escape(reason)):
+    with pytest.raises(ArchiveError, match=re.escape(reason)):
         archive(*network, "--weights", tmp_path / "w.pth", option, path)
 
 
 def test_only_classifiers_are_architectures(archive, tmp_path):
     torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(Refused, match="'fcn_resnet50' is unknown"):
+    with pytest.raises(ArchiveError, match="'fcn_resnet50' is unknown"):
         archive("--arch", "fcn_resnet50", "--weights", tmp_path / "w.pth")
 
 

@@ -8,7 +8,6 @@ from torchvision.models import get_model
 
 from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.layers import find_spatial_layers
@@ -17,6 +16,7 @@ from torchserve_explain.attribution.methods.cam import ScoreCam
 from torchserve_explain.attribution.methods.guided import GuidedRelus
 from torchserve_explain.attribution.methods.lrp import Composite, RelevanceRules
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.parameters import Capabilities
 
 
@@ -340,7 +340,7 @@ def test_score_cam_is_the_same_with_and_without_a_gradient():
         torch.manual_seed(0)
         classifier = Classifier(Answering(body, nn.Conv2d(3, 6, 3)), NORMALIZATION, (16, 16))
         (finished,) = Engine(classifier, 4).results([Job(ScoreCam(), Case(classifier, image, 1))])
-        maps.append(finished.result.map)
+        maps.append(finished.value.map)
     assert maps[0].any()
     torch.testing.assert_close(maps[0], maps[1])
 

@@ -302,13 +302,13 @@ def test_a_folder_that_does_not_fit_is_refused(store, tmp_path, capsys):
     (tmp_path / "any").rename(tmp_path / "ant")
     (tmp_path / "loose.jpg").write_bytes(picture())
     assert "pictures beside subfolders, such as loose.jpg" in refused()
-    with pytest.raises(explain.Refused, match="is no folder"):
+    with pytest.raises(explain.ArchiveError, match="is no folder"):
         find_samples(tmp_path / "nowhere", SMALL_LABELS)
 
 
 def test_of_many_labels_the_nearest_are_named(tmp_path):
     (tmp_path / "clas 77").mkdir()
-    with pytest.raises(explain.Refused, match=r"allowed: class 77, .* and 80 more"):
+    with pytest.raises(explain.ArchiveError, match=r"allowed: class 77, .* and 80 more"):
         find_samples(tmp_path, [f"class {number}" for number in range(100)])
 
 

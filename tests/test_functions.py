@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.functions import operations, replacing, surrogate
+from torchserve_explain.errors import Unsupported
 
 
 def doubled(call):

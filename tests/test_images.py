@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from torchserve_explain.serving.errors import ClientError
+from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.images import FORMATS, read_picture
 from torchserve_explain.serving.settings import Preprocessing
 
@@ -51,7 +51,7 @@ def close(colour, expected, tolerance=1):
 
 
 def refused(data, preprocessing=SMALL, limit=PIXELS):
-    with pytest.raises(ClientError) as caught:
+    with pytest.raises(RequestError) as caught:
         read_picture(data, preprocessing, limit)
     message = str(caught.value)
     assert message.isascii() and len(message) <= 200
@@ -449,7 +449,7 @@ def test_a_corrupt_image_is_read_or_refused(kind, places):
         data[int(place * len(data))] = value
     try:
         picture = read(bytes(data))
-    except ClientError as error:
+    except RequestError as error:
         assert error.status in (400, 413)
     else:
         assert picture.input.isfinite().all()
@@ -509,7 +509,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
     Image.new("L", (900, 900), 128).save(stream, "JPEG", progressive=True)
     data = stream.getvalue()
     scan = data[data.rindex(b"\xff\xda") : -2]
-    with pytest.raises(ClientError, match="scans") as refused:
+    with pytest.raises(RequestError, match="scans") as refused:
         read_picture(data[:-2] + scan * 30_000 + data[-2:], Preprocessing(), PIXELS)
     assert refused.value.status == 413
     assert read_picture(data, Preprocessing(), PIXELS).width == 900

@@ -15,7 +15,8 @@ from PIL import Image
 
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
-from torchserve_explain.servers.torchserve import Failed, free_ports, serving
+from torchserve_explain.errors import ServerError
+from torchserve_explain.servers.torchserve import free_ports, serving
 
 IMAGE = picture()
 
@@ -382,7 +383,7 @@ def test_keys_are_asked_for_where_they_are_on(tmp_path_factory):
 
 def test_a_taken_port_is_told_at_once(server, tmp_path):
     taken = {"TS_INFERENCE_ADDRESS": server.inference}
-    with pytest.raises(Failed, match="is taken"), serving(["small"], tmp_path, taken, tmp_path):
+    with pytest.raises(ServerError, match="is taken"), serving(["small"], tmp_path, taken, tmp_path):
         raise AssertionError("not reached")
 
 
@@ -397,7 +398,7 @@ def test_a_taken_port_is_told_at_once(server, tmp_path):
 )
 def test_without_keys_nothing_but_loopback_is_served(tmp_path, exposed):
     with (
-        pytest.raises(Failed, match="not loopback"),
+        pytest.raises(ServerError, match="not loopback"),
         serving(["small"], tmp_path, free_ports() | exposed, tmp_path),
     ):
         raise AssertionError("not reached")

@@ -14,8 +14,8 @@ from torch import nn
 from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.methods import METHODS, Smoothing
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
+from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
-from torchserve_explain.serving.errors import ClientError
 from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters, read_parameters
 
 FIELDS = Parameters.model_fields
@@ -84,7 +84,7 @@ def as_sent(value):
 
 
 def refusal(*layers):
-    with pytest.raises(ClientError) as caught:
+    with pytest.raises(RequestError) as caught:
         read_parameters(*layers)
     checked(caught.value)
     return str(caught.value)
@@ -220,7 +220,7 @@ def test_an_unknown_parameter_is_refused_with_those_allowed(name):
 def test_any_junk_is_read_or_refused(given):
     try:
         parameters = read_parameters(given)
-    except ClientError as error:
+    except RequestError as error:
         checked(error)
     else:
         assert parameters.model_fields_set == {name for name, value in given.items() if value is not None}
@@ -362,7 +362,7 @@ def flat_classifier():
 
 
 def choice_refusal(classifier, names):
-    with pytest.raises(ClientError) as caught:
+    with pytest.raises(RequestError) as caught:
         Capabilities(classifier).choose(names)
     checked(caught.value)
     return str(caught.value)
@@ -411,7 +411,7 @@ def targets(value):
 
 
 def target_refusal(value):
-    with pytest.raises(ClientError) as caught:
+    with pytest.raises(RequestError) as caught:
         targets(value)
     checked(caught.value)
     return str(caught.value)
@@ -469,7 +469,7 @@ def test_a_label_with_a_comma_inside_a_comma_list_is_refused():
 def test_any_target_is_found_or_refused(value):
     try:
         found = targets(value)
-    except ClientError as error:
+    except RequestError as error:
         checked(error)
     else:
         assert found and all(0 <= index < len(LABELS.names) for index in found)

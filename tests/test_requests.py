@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchserve_explain.serving.errors import ClientError, bad_request
+from torchserve_explain.errors import RequestError
+from torchserve_explain.serving.errors import bad_request
 from torchserve_explain.serving.parameters import read_parameters
 from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 
@@ -23,7 +24,7 @@ def one(request):
 
 
 def refusal(row, headers=None):
-    with pytest.raises(ClientError) as caught:
+    with pytest.raises(RequestError) as caught:
         read_request(row, headers or {})
     checked(caught.value)
     return str(caught.value)
@@ -380,14 +381,14 @@ def test_v2_with_an_element_that_is_no_image_is_refused(image):
 @pytest.mark.parametrize("body", [{"instances": [{"data": TEXT}] * 2}, v2_body([TEXT] * 2)], ids=["v1", "v2"])
 def test_an_error_names_its_instance(body):
     request = read_request({"body": body}, {})
-    with pytest.raises(ClientError, match=r"^instance 1: steps: wrong$") as caught, request.naming(1):
+    with pytest.raises(RequestError, match=r"^instance 1: steps: wrong$") as caught, request.naming(1):
         raise bad_request("steps: wrong")
     assert caught.value.status == 400
 
 
 def test_an_error_of_a_plain_request_names_no_instance():
     request = read_request({"body": IMAGE}, {})
-    with pytest.raises(ClientError, match=r"^steps: wrong$"), request.naming(0):
+    with pytest.raises(RequestError, match=r"^steps: wrong$"), request.naming(0):
         raise bad_request("steps: wrong")
 
 
@@ -413,7 +414,7 @@ HEADERS = st.dictionaries(
 def read_or_refused(row, headers):
     try:
         request = read_request(row, headers)
-    except ClientError as error:
+    except RequestError as error:
         checked(error)
     else:
         assert all(type(instance.image) is bytes for instance in request.instances)

@@ -9,10 +9,10 @@ from torch import nn
 from torchvision import transforms
 
 import training  # noqa: F401
+from torchserve_explain.errors import TrainingError
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Preprocessing
 from training.data import SPLITS, Images, read_folder
-from training.errors import Unusable
 
 PREPROCESSING = Preprocessing(resize=32, crop=32)
 RATIO = (0.5, 0.25, 0.25)
@@ -91,7 +91,7 @@ def remove_all_but(folder, count):
 )
 def test_what_cannot_be_trained_on_is_refused_with_the_reason(folder, spoil, reason):
     spoil(folder)
-    with pytest.raises(Unusable) as refused:
+    with pytest.raises(TrainingError) as refused:
         read(folder)
     assert reason in str(refused.value) and "allowed: " in str(refused.value)
 
@@ -100,7 +100,7 @@ def test_a_class_that_training_does_not_know_is_refused(folder, tmp_path):
     write_folder(tmp_path / "split" / "test", count=2)
     folder.rename(tmp_path / "split" / "train")
     (tmp_path / "split" / "test" / "red").rename(tmp_path / "split" / "test" / "pink")
-    with pytest.raises(Unusable, match="the class pink, which train/ does not"):
+    with pytest.raises(TrainingError, match="the class pink, which train/ does not"):
         read(tmp_path / "split")
 
 

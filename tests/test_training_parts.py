@@ -16,12 +16,12 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
+from torchserve_explain.errors import TrainingError
 from torchserve_explain.loading import MODEL, build_network
 from torchserve_explain.paths import ROOT
 from training.__main__ import main
 from training.architectures.direction import Direction
 from training.data import Images, read_folder
-from training.errors import Unusable
 from training.evaluation import evaluate
 from training.export import architecture_of, direction_architecture
 from training.features import Kept, Live, Place, in_order, read_source, shuffled
@@ -110,7 +110,7 @@ def test_the_best_epoch_is_kept_and_training_ends_when_none_is_better(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_an_error_with_the_way_out(tmp_path):
-    with pytest.raises(Unusable, match="--learning-rate"):
+    with pytest.raises(TrainingError, match="--learning-rate"):
         fit(toy_training(tmp_path / "state.pt", optimizer="sgd", learning_rate=1e30), toy(), toy(1), QUIET)
 
 
@@ -310,7 +310,7 @@ def test_a_state_dict_of_other_classes_gets_a_new_head(tmp_path):
     again = build("lite0", str(tmp_path / "lite0.pth"), 5, Part.HEAD).model
     assert again.get_submodule(head_of(again)).out_features == 5
     assert torch.equal(again.features[0][1].weight, network.features[0][1].weight)
-    with pytest.raises(Unusable, match="no state dict of lite0"):
+    with pytest.raises(TrainingError, match="no state dict of lite0"):
         build("lite0", str(tmp_path / "w.pth"), 5, Part.HEAD)
 
 
@@ -342,7 +342,7 @@ def test_a_batch_of_one_is_trained_on():
 
 
 def test_classes_with_the_same_features_are_told():
-    with pytest.raises(Unusable, match="same mean"):
+    with pytest.raises(TrainingError, match="same mean"):
         mean_difference(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
 
 
@@ -357,7 +357,7 @@ def test_splits_are_known_however_they_are_written(tmp_path, names):
 def test_one_split_under_two_names_is_refused(tmp_path):
     for name in ("train", "val", "validation"):
         write_folder(tmp_path / name, ("blue", "red"), 3)
-    with pytest.raises(Unusable, match="both val and validation"):
+    with pytest.raises(TrainingError, match="both val and validation"):
         read_folder(tmp_path, preprocessing_for("cnn", 32), (0.6, 0.2, 0.2), 0)
 
 

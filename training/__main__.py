@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.errors import TrainingError
 from torchserve_explain.gallery import explain
 from torchserve_explain.offline import progress
 from torchserve_explain.options import positive, whole
 from torchserve_explain.paths import ROOT
-from training.errors import Unusable
 from training.experiment import Experiment
 from training.features import Place
 from training.fit import OPTIMIZERS
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.carry_out(options))
-    except Unusable as reason:
+    except TrainingError as reason:
         print(f"training: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

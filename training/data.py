@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
+from torchserve_explain.errors import RequestError, TrainingError
 from torchserve_explain.offline import readable
-from torchserve_explain.serving.errors import ClientError
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Limits, Preprocessing
-from training.errors import Unusable
 
 SPLITS = ("train", "val", "test")
 ALIASES = {"valid": "val", "validation": "val"}
@@ -59,7 +58,7 @@ def read_folder(
     """Read a folder of images; splits that it does not have are divided off class by class, by `ratio` and `seed`.
 
     Every file is decoded once: what is no image, or has the bytes of another, is left out. `watch` sees each file
-    go by. Raises Unusable where a class is empty or alone, or has fewer images than there are splits.
+    go by. Raises TrainingError where a class is empty or alone, or has fewer images than there are splits.
     """
     tops = _splits(folder)
     classes = _classes(tops["train"])
@@ -84,12 +83,12 @@ def read_folder(
 def _splits(folder: Path) -> dict[str, Path]:
     """Return the folder of each split that there is; the whole is `train` where there are none."""
     if not folder.is_dir():
-        raise Unusable(f"{folder} is no folder; allowed: {LAYOUT}")
+        raise TrainingError(f"{folder} is no folder; allowed: {LAYOUT}")
     named: dict[str, Path] = {}
     for path in _folders(folder):
         split = ALIASES.get(path.name.casefold(), path.name.casefold())
         if split in SPLITS and split in named:
-            raise Unusable(f"{folder} holds both {named[split].name} and {path.name}; allowed: one folder for each split")
+            raise TrainingError(f"{folder} holds both {named[split].name} and {path.name}; allowed: one folder for each split")
         named[split] = path
     if "train" not in named or not _folders(named["train"]):  # without folders in it, it is a class of that name
         return {"train": folder}
@@ -105,16 +104,16 @@ def _classes(folder: Path) -> list[str]:
     names = [path.name for path in _folders(folder)]
     if len(names) < 2:
         found = f"the one class {names[0]}" if names else "no folder of images"
-        raise Unusable(f"{folder} holds {found}; allowed: two classes or more, {LAYOUT}")
+        raise TrainingError(f"{folder} holds {found}; allowed: two classes or more, {LAYOUT}")
     if broken := [name for name in names if readable(name) != name]:
-        raise Unusable(f"the class {readable(broken[0])} has a name that is no UTF-8; rename its folder")
+        raise TrainingError(f"the class {readable(broken[0])} has a name that is no UTF-8; rename its folder")
     return names
 
 
 def _files(folder: Path, classes: Sequence[str]) -> Iterable[tuple[int, Path]]:
     """Yield the class and path of every file of a split, in an order of its own."""
     if unknown := [path.name for path in _folders(folder) if path.name not in classes]:
-        raise Unusable(f"{folder} holds the class {unknown[0]}, which train/ does not; allowed: {', '.join(classes[:20])}")
+        raise TrainingError(f"{folder} holds the class {unknown[0]}, which train/ does not; allowed: {', '.join(classes[:20])}")
     for label, name in enumerate(classes):
         for path in sorted((folder / name).rglob("*")):
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -129,7 +128,7 @@ def _examined(path: Path, preprocessing: Preprocessing) -> tuple[str, str | None
         return str(path), f"it cannot be read: {error.strerror}"
     try:
         read_picture(content, preprocessing, PIXELS)
-    except ClientError as error:
+    except RequestError as error:
         return str(path), str(error)
     return hashlib.sha256(content).hexdigest(), None
 
@@ -154,15 +153,17 @@ def _divided(
 
 
 def _check(data: Data) -> None:
-    """Raise Unusable where a class has too few images to be trained and evaluated."""
+    """Raise TrainingError where a class has too few images to be trained and evaluated."""
     counts = {split: data.counts(split) for split in SPLITS}
     for label, name in enumerate(data.classes):
         found = {split: counts[split][label] for split in SPLITS}
         if not sum(found.values()):
-            raise Unusable(f"the class {name} holds no image that can be read; allowed: {LAYOUT}")
+            raise TrainingError(f"the class {name} holds no image that can be read; allowed: {LAYOUT}")
         if not all(found.values()):
             told = ", ".join(f"{count} to {split}" for split, count in found.items())
-            raise Unusable(f"the class {name} has too few images ({told}); allowed: one or more to each of {', '.join(SPLITS)}")
+            raise TrainingError(
+                f"the class {name} has too few images ({told}); allowed: one or more to each of {', '.join(SPLITS)}"
+            )
 
 
 class Images(Dataset[tuple[Tensor, int]]):

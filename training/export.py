@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from torchserve_explain.archiver import Refused, check_name
+from torchserve_explain.archiver import check_name
+from torchserve_explain.errors import ArchiveError, TrainingError
 from torchserve_explain.loading import MODEL, WEIGHTS
 from torchserve_explain.offline import check_apart
 from torchserve_explain.serving.settings import Preprocessing
 from training.architectures import direction
-from training.errors import Unusable
 from training.networks import BACKBONES
 
 METRICS, LABELS, CONFIG = "metrics.json", "labels.json", "model-config.yaml"
@@ -52,9 +52,9 @@ def direction_architecture(backbone: str, length: int) -> Architecture:
 
 
 def check_out(out: Path, data: Path) -> None:
-    """Raise Unusable where a folder cannot be written or archived, or holds what training has not made."""
+    """Raise TrainingError where a folder cannot be written or archived, or holds what training has not made."""
     if out.exists() and not out.is_dir():
-        raise Unusable(f"--out: {out} is a file; allowed: a folder, such as classifiers/NAME")
+        raise TrainingError(f"--out: {out} is a file; allowed: a folder, such as classifiers/NAME")
     try:
         check_name("model name", out.resolve().name)
         check_apart(data, out)
@@ -64,10 +64,10 @@ def check_out(out: Path, data: Path) -> None:
             pass
         if new:
             out.rmdir()
-    except (Refused, OSError) as error:
-        raise Unusable(f"--out: {error}") from None
+    except (ArchiveError, OSError) as error:
+        raise TrainingError(f"--out: {error}") from None
     if out.exists() and any(out.iterdir()) and not (out / METRICS).exists():
-        raise Unusable(f"--out: {out} holds another classifier; allowed: a new folder, or one that training has written")
+        raise TrainingError(f"--out: {out} holds another classifier; allowed: a new folder, or one that training has written")
 
 
 def export(

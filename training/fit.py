@@ -12,9 +12,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from torchserve_explain.errors import TrainingError
 from torchserve_explain.offline import in_one_step
 from training.data import mixed
-from training.errors import Unusable
 from training.features import Source, in_order, shuffled
 from training.recipe import Recipe
 
@@ -56,7 +56,7 @@ class Training:
         return len(self.epochs) >= self.recipe.epochs or waited >= self.recipe.patience
 
     def epoch(self, train: Source, val: Source, progress: Progress) -> None:
-        """Train an epoch, evaluate it, keep it if it is the best; raises Unusable where the loss is not finite."""
+        """Train an epoch, evaluate it, keep it if it is the best; raises TrainingError where the loss is not finite."""
         began, number = time.perf_counter(), len(self.epochs)
         torch.manual_seed(mixed(self.seed, number))  # dropout's draws, also where training goes on
         order = shuffled(len(train.labels), self.recipe.batch, self.seed, number)
@@ -72,7 +72,7 @@ class Training:
         val_loss = float(cross_entropy(logits, labels, self.weights.cpu()))
         accuracy = float((logits.argmax(1) == labels).float().mean())
         if not isfinite(loss + val_loss):
-            raise Unusable(f"the loss of epoch {number + 1} is not finite; allowed: a --learning-rate that is lower")
+            raise TrainingError(f"the loss of epoch {number + 1} is not finite; allowed: a --learning-rate that is lower")
         self.epochs.append(Epoch(loss / seen, right / seen, val_loss, accuracy, time.perf_counter() - began))
         if max(self.epochs, key=_worth) is self.epochs[-1]:
             self.best = {name: tensor.clone() for name, tensor in self.trained.state_dict().items()}
@@ -105,7 +105,7 @@ class Training:
         try:
             state: dict[str, Any] = torch.load(self.path, map_location=self.weights.device, weights_only=True)
         except Exception as error:  # torch.load stumbles on a broken file in many ways
-            raise Unusable(f"{self.path} is no state of a training ({error}); remove it to begin anew") from None
+            raise TrainingError(f"{self.path} is no state of a training ({error}); remove it to begin anew") from None
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

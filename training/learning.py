@@ -5,9 +5,9 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from torchserve_explain.errors import TrainingError
 from training.architectures.direction import Direction
 from training.data import SPLITS, Data
-from training.errors import Unusable
 from training.experiment import Experiment, Learnt, read_sources, state_key
 from training.export import architecture_of, direction_architecture
 from training.fit import Training, balanced, fit, predict
@@ -38,7 +38,7 @@ def learn(experiment: Experiment, data: Data) -> Learnt:
 def learn_direction(experiment: Experiment, data: Data) -> Learnt:
     """Find the mean difference of a backbone's features, and its threshold on the validation images."""
     if len(data.classes) != 2:
-        raise Unusable(f"a mean difference tells two classes apart, not {len(data.classes)}")
+        raise TrainingError(f"a mean difference tells two classes apart, not {len(data.classes)}")
     torch.manual_seed(experiment.seed)
     network = build(experiment.backbone, experiment.weights, 2, Part.HEAD)
     check_size(network.model, experiment.recipe.size, experiment.backbone)

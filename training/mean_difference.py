@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from training.errors import Unusable
+from torchserve_explain.errors import TrainingError
 
 FOLDS, REPEATS = 5, 20
 
@@ -27,11 +27,11 @@ class Roc:
 def mean_difference(features: Tensor, labels: Tensor) -> Tensor:
     """Return the direction [d] from the mean of class 0 to that of class 1 among features [n, d], of length 1.
 
-    Raises Unusable where the means are the same.
+    Raises TrainingError where the means are the same.
     """
     difference = features[labels == 1].mean(0) - features[labels == 0].mean(0)
     if not difference.any():
-        raise Unusable("the features of the two classes have the same mean: nothing tells them apart")
+        raise TrainingError("the features of the two classes have the same mean: nothing tells them apart")
     direction: Tensor = difference / difference.norm()
     return direction
 

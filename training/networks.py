@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from torchserve_explain.archiver import Refused, read_source, read_weights
+from torchserve_explain.archiver import read_source, read_weights
 from torchserve_explain.attribution.classifier import Normalization
+from torchserve_explain.errors import ArchiveError, TrainingError
 from torchserve_explain.loading import MODEL, TIMM
 from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.settings import Preprocessing
 from training.architectures.cnn import Cnn
-from training.errors import Unusable
 from training.recipe import Part
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -66,7 +66,7 @@ def preprocessing_for(name: str, size: int, normalization: Normalization | None 
 
 
 def build(name: str, weights: str, classes: int, part: Part, first: str | None = None) -> Network:
-    """Build a backbone with a new head for `classes`; raises Unusable where its weights cannot be had or do not fit."""
+    """Build a backbone with a new head for `classes`; raises TrainingError where its weights cannot be had or do not fit."""
     if weights == RANDOM:
         model = _blank(name, classes)
     else:
@@ -83,12 +83,12 @@ def start_of(name: str, weights: str) -> str:
 
 
 def check_size(model: nn.Module, size: int, name: str) -> None:
-    """Raise Unusable where a model cannot take images of `size` x `size`."""
+    """Raise TrainingError where a model cannot take images of `size` x `size`."""
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
-        raise Unusable(f"--size {size}: {name} cannot take such images: {error}") from None
+        raise TrainingError(f"--size {size}: {name} cannot take such images: {error}") from None
 
 
 def divided(model: nn.Module, part: Part, first: str) -> Network:
@@ -159,10 +159,10 @@ def _pretrained(name: str) -> nn.Module:
             model = _timm().create_model(name.removeprefix(TIMM), pretrained=True)
         else:
             model = get_model(name, weights="DEFAULT")
-    except Unusable:
+    except TrainingError:
         raise
     except Exception as error:  # whatever a library's download meets
-        raise Unusable(
+        raise TrainingError(
             f"the pretrained weights of {name} cannot be downloaded ({error}); "
             f"allowed: --backbone lite0, whose weights are installed, --weights FILE, or --weights {RANDOM}"
         ) from None
@@ -172,14 +172,14 @@ def _pretrained(name: str) -> nn.Module:
 def _from_file(name: str, path: Path) -> nn.Module:
     """Build a backbone with the weights of a state dict, which keep the classes that they were trained for."""
     if not path.is_file():
-        raise Unusable(f"--weights: {path} does not exist; allowed: {PRETRAINED}, {RANDOM}, or the file of a state dict")
+        raise TrainingError(f"--weights: {path} does not exist; allowed: {PRETRAINED}, {RANDOM}, or the file of a state dict")
     head = head_of(_blank(name, 2))
     try:
         state: dict[str, Tensor] = read_weights(path)
         model = _blank(name, len(state[f"{head}.weight"]))
         model.load_state_dict(state)
-    except (Refused, KeyError, TypeError, RuntimeError) as error:
-        raise Unusable(f"--weights: {path.name} is no state dict of {name}: {error}") from None
+    except (ArchiveError, KeyError, TypeError, RuntimeError) as error:
+        raise TrainingError(f"--weights: {path.name} is no state dict of {name}: {error}") from None
     return model
 
 
@@ -187,5 +187,5 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise Unusable(f"backbones of {TIMM} need the package timm: pip install timm") from None
+        raise TrainingError(f"backbones of {TIMM} need the package timm: pip install timm") from None
     return timm

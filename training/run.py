@@ -22,7 +22,7 @@ from training.report import write_report
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
-    """Run an experiment; return its metrics, which lie in the classifier's folder too. Raises Unusable."""
+    """Run an experiment; return its metrics, which lie in the classifier's folder too. Raises TrainingError."""
     began = time.perf_counter()
     check_out(experiment.out, experiment.folder)
     recipe, preprocessing, place = experiment.recipe, experiment.preprocessing, experiment.place

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.loading import LABELS, MODEL, WEIGHTS, load_classifier, read_labels
 from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.service import Service
@@ -35,18 +37,14 @@ FRONTEND_KEYS = {
 }
 
 
-class Refused(Exception):
-    """What was given cannot be served; the message says why."""
-
-
 def check_name(what: str, text: str) -> None:
-    """Raise Refused where a text cannot be a model's name or version."""
+    """Raise ArchiveError where a text cannot be a model's name or version."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
-        raise Refused(f"{text[:100]!r} is no {what}; allowed: up to 100 letters, digits, '.', '_' and '-'")
+        raise ArchiveError(f"{text[:100]!r} is no {what}; allowed: up to 100 letters, digits, '.', '_' and '-'")
 
 
 def build_archive(name: str, options: argparse.Namespace) -> Path:
-    """Build, check and store an archive; return its path. Raises Refused.
+    """Build, check and store an archive; return its path. Raises ArchiveError.
 
     Everything happens in a folder of its own, and the finished archive replaces the old one in one step.
     """
@@ -68,14 +66,16 @@ def build_archive(name: str, options: argparse.Namespace) -> Path:
 def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
     """Bring configuration, weights, labels and the user's model into the stage; options come before the folder's files."""
     if not folder.exists() and not options.weights:
-        raise Refused(f"there is no classifiers/{folder.name}; give --weights and --arch (or --model) to archive a checkpoint")
+        raise ArchiveError(
+            f"there is no classifiers/{folder.name}; give --weights and --arch (or --model) to archive a checkpoint"
+        )
     config = _first(options.config, folder / CONFIG) or DEFAULT_CONFIG
     # What a configuration leaves out, batching above all, is as in the default one.
     content = read_config(DEFAULT_CONFIG) | read_config(config)
     if options.arch or options.model:
         content["classifier"] = {"architecture": options.arch or MODEL}
     if not content.get("classifier"):
-        raise Refused(
+        raise ArchiveError(
             "the architecture is missing: give --arch or --model, or 'classifier: {architecture: resnet18}' in " + CONFIG
         )
     (stage / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -85,7 +85,7 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
     source = read_source(folder)
     weights = _first(options.weights, *(folder / name for name in WEIGHT_FILES))
     if weights is None and source is None:
-        raise Refused(
+        raise ArchiveError(
             f"no weights: give --weights, or put {', '.join(WEIGHT_FILES)} or source.py into classifiers/{folder.name}"
         )
     state = source.state_dict() if weights is None else read_weights(weights)
@@ -98,51 +98,49 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a model-config.yaml; raises Refused where it is not a mapping, or holds a key that nobody reads."""
+    """Read a model-config.yaml; raises ArchiveError where it is not a mapping, or holds a key that nobody reads."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+        raise ArchiveError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise Refused(f"{path.name} holds a {type(content).__name__}; allowed: keys and values")
+        raise ArchiveError(f"{path.name} holds a {type(content).__name__}; allowed: keys and values")
     known = {*Settings.model_fields, *FRONTEND_KEYS}
     if unknown := [str(key) for key in content if key not in known]:
-        raise Refused(f"{path.name}: unknown key {unknown[0]}; allowed: {', '.join(sorted(known))}")
+        raise ArchiveError(f"{path.name}: unknown key {unknown[0]}; allowed: {', '.join(sorted(known))}")
     return content
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors or from a checkpoint, without running any code it may hold; raises Refused."""
+    """Read a state dict from safetensors or from a checkpoint, without running any code it may hold; raises ArchiveError."""
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise Refused(f"{path.name} is not a checkpoint: {error}") from None
+        raise ArchiveError(f"{path.name} is not a checkpoint: {error}") from None
     except Exception as error:  # weights_only refuses by pickle.UnpicklingError, and others with what they stumble on
-        raise Refused(f"{path.name} is not a state dict that is safe to load ({type(error).__name__}): "
+        raise ArchiveError(f"{path.name} is not a state dict that is safe to load ({type(error).__name__}): "
                       "save model.state_dict(), not the model") from None  # fmt: skip
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     if not named or not content:
-        raise Refused(f"{path.name} holds no state dict: save model.state_dict()")
+        raise ArchiveError(f"{path.name} holds no state dict: save model.state_dict()")
     if broken := [key for key, tensor in content.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
-        raise Refused(f"{path.name}: {broken[0]} holds numbers that are not finite")
+        raise ArchiveError(f"{path.name}: {broken[0]} holds numbers that are not finite")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""  # of DataParallel
     return {key.removeprefix(prefix): tensor for key, tensor in content.items()}
 
 
 def check(stage: Path) -> None:
-    """Load the stage as a worker will; raises Refused with the reason where that fails."""
+    """Load the stage as a worker will; raises ArchiveError with the reason where that fails."""
     try:
         settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
         classifier, labels = load_classifier(stage, settings)
         service = Service(classifier, labels, settings, {"name": "check", "version": "0"})
-        outcome = service.warm_up()
-        if isinstance(outcome, Exception):
-            raise outcome
+        service.warm_up(Engine(classifier, service.limits.pack))
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
-        raise Refused(str(error) or type(error).__name__) from error
+        raise ArchiveError(str(error) or type(error).__name__) from error
     for method, why in service.refused.items():
         print(f"{method} cannot serve it: {why}")
 
@@ -163,7 +161,7 @@ def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
     scratch.mkdir()
     result = subprocess.run(command, env=os.environ | {"TMPDIR": str(scratch)}, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise Refused(f"torch-model-archiver failed: {result.stderr.strip()[-500:]}")
+        raise ArchiveError(f"torch-model-archiver failed: {result.stderr.strip()[-500:]}")
     return temporary / f"{name}.mar"
 
 
@@ -195,7 +193,7 @@ def main() -> int:
     options = parser().parse_args()
     try:
         archive = build_archive(options.name, options)
-    except (Refused, OSError) as reason:
+    except (ArchiveError, OSError) as reason:
         print(f"archive.sh: {options.name} is not archived: {reason}", file=sys.stderr)
         return 1
     print(f"{archive} ({archive.stat().st_size / 1e6:.1f} MB)")
@@ -211,7 +209,7 @@ def _labels(path: Path) -> list[str]:
     try:
         return read_labels(path)
     except ValueError as error:  # neither UTF-8 nor JSON are ValueErrors too
-        raise Refused(f"{path.name} holds no labels: {error}") from None
+        raise ArchiveError(f"{path.name} holds no labels: {error}") from None
 
 
 def _existing(text: str) -> Path:

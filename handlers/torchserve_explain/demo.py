@@ -12,24 +12,24 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from torchserve_explain.archiver import Refused
 from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.errors import ArchiveError, ServerError
 from torchserve_explain.paths import ROOT
 from torchserve_explain.photo import photo_path
-from torchserve_explain.servers.torchserve import Failed, Server, ensure_archive, free_ports, serving
+from torchserve_explain.servers.torchserve import Server, ensure_archive, free_ports, serving
 from torchserve_explain.serving.pictures import Cell, Scale, contact_sheet, png
 
 DEMO = ROOT / "demo"
 
 
 def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
-    """Send the photo; raises Failed where the answer is not a success."""
+    """Send the photo; raises ServerError where the answer is not a success."""
     url = f"{server.inference}/{kind}/{server.names[0]}"
     answer = httpx.post(
         url, files={"data": photo_path().read_bytes()}, data=fields, headers=server.authorization(), timeout=120
     )
     if answer.status_code != 200:
-        raise Failed(f"{url} answered {answer.status_code}: {answer.text}")
+        raise ServerError(f"{url} answered {answer.status_code}: {answer.text}")
     return answer
 
 
@@ -75,7 +75,7 @@ def main() -> int:
         console.print("starting TorchServe")
         with serving(["imagenet"], ROOT / "model_store", environment, ROOT / "run" / "demo") as server:
             show(server, console)
-    except (Failed, Refused) as reason:
+    except (ServerError, ArchiveError) as reason:
         print(f"demo: {reason}", file=sys.stderr)
         return 1
     console.print(f"written: {', '.join(sorted(path.name for path in DEMO.iterdir()))} in {DEMO}")

@@ -15,6 +15,7 @@ from torchvision import models
 from torchvision.models import get_model, list_models
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ TIMM = "timm/"  # what an architecture of that library is called by
 def load_classifier(folder: Path, settings: Settings, device: torch.device | str = "cpu") -> tuple[Classifier, list[str]]:
     """Load an unpacked archive; return its classifier and its labels (none: no names).
 
-    Raises ValueError where architecture, weights and labels do not fit each other.
+    Raises ArchiveError where architecture, weights and labels do not fit each other.
     """
     network = build_network(settings.classifier.architecture, folder, load_file(folder / WEIGHTS))
     preprocessing = settings.preprocessing
@@ -33,10 +34,10 @@ def load_classifier(folder: Path, settings: Settings, device: torch.device | str
     try:
         classifier = Classifier(network, preprocessing.normalization, preprocessing.size, device, narrow)
     except RuntimeError as error:
-        raise ValueError(f"the model cannot take a {preprocessing.size[0]}x{preprocessing.size[1]} image: {error}") from None
+        raise ArchiveError(f"the model cannot take a {preprocessing.size[0]}x{preprocessing.size[1]} image: {error}") from None
     labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
     if labels and len(labels) != classifier.classes:
-        raise ValueError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
+        raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
     return classifier, labels
 
 
@@ -50,7 +51,7 @@ def _has_bfloat16(device: torch.device | str) -> bool:
 
 
 def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
-    """Build the network with as many classes as the weights have, and load them; raises ValueError saying what does not fit."""
+    """Build the network with as many classes as the weights have, and load them; raises ArchiveError."""
     build = _builder(architecture, folder)
     network = build({})
     classes = _classes_of(network.state_dict(), state)
@@ -59,7 +60,7 @@ def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) 
     missing, unknown, shapes = _misfits(network.state_dict(), state)
     for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
         if keys:
-            raise ValueError(
+            raise ArchiveError(
                 f"the weights do not fit {architecture}: {len(keys)} tensors {what}, such as {', '.join(keys[:3])}"
             )
     network.load_state_dict(dict(state))
@@ -67,7 +68,7 @@ def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) 
 
 
 def read_labels(path: Path) -> list[str]:
-    """Read class names: a JSON list, TorchServe's JSON {"0": name, ...}, or one name a line; raises ValueError."""
+    """Read class names: a JSON list, TorchServe's JSON {"0": name, ...}, or one name a line; raises ArchiveError."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
         content: Any = [line.strip() for line in text.splitlines() if line.strip()]
@@ -77,12 +78,12 @@ def read_labels(path: Path) -> list[str]:
         try:
             content = [content[str(index)] for index in range(len(content))]
         except KeyError as missing:
-            raise ValueError(f"{path.name}: class {missing} has no label; allowed: indices from 0 without a gap") from None
+            raise ArchiveError(f"{path.name}: class {missing} has no label; allowed: indices from 0 without a gap") from None
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path.name}: allowed: a list of names, or an object from index to name")
+        raise ArchiveError(f"{path.name}: allowed: a list of names, or an object from index to name")
     names = [name[-1] if isinstance(name, list) and name else name for name in content]  # ["n02123045", "tabby"]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path.name}: a label is not a string")
+        raise ArchiveError(f"{path.name}: a label is not a string")
     return names
 
 
@@ -95,7 +96,7 @@ def _builder(architecture: str, folder: Path) -> Builder:
     if architecture.startswith(TIMM):
         return _timm_builder(architecture.removeprefix(TIMM))
     if architecture not in list_models(module=models):
-        raise ValueError(
+        raise ArchiveError(
             f"architecture {architecture!r} is unknown; allowed: {MODEL}, a torchvision classifier such as resnet18, "
             f"or {TIMM} and the name of one of timm's"
         )
@@ -106,16 +107,16 @@ def _timm_builder(name: str) -> Builder:
     try:
         import timm
     except ImportError:
-        raise ValueError(f"architecture {TIMM}{name}: the package timm is not installed") from None
+        raise ArchiveError(f"architecture {TIMM}{name}: the package timm is not installed") from None
     if name not in timm.list_models():
-        raise ValueError(f"architecture {TIMM}{name} is unknown to timm {timm.__version__}")
+        raise ArchiveError(f"architecture {TIMM}{name} is unknown to timm {timm.__version__}")
     return lambda options: timm.create_model(name, **options)
 
 
 def _own_builder(path: Path) -> Builder:
     """Find the nn.Module that model.py defines: its only public one, or the one called Model."""
     if not path.exists():
-        raise ValueError(f"architecture: {MODEL} does not exist")
+        raise ArchiveError(f"architecture: {MODEL} does not exist")
     spec = importlib.util.spec_from_file_location("model", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -127,7 +128,9 @@ def _own_builder(path: Path) -> Builder:
     }
     chosen = found.get("Model") or (next(iter(found.values())) if len(found) == 1 else None)
     if chosen is None:
-        raise ValueError(f"{MODEL} must define one public nn.Module, or call it Model; it defines {', '.join(found) or 'none'}")
+        raise ArchiveError(
+            f"{MODEL} must define one public nn.Module, or call it Model; it defines {', '.join(found) or 'none'}"
+        )
     resizable = "num_classes" in inspect.signature(chosen).parameters
     return lambda options: chosen(**options) if resizable else chosen()
 

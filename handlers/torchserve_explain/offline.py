@@ -16,9 +16,10 @@ import yaml
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from torchserve_explain.archiver import CONFIG, Refused
+from torchserve_explain.archiver import CONFIG
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.loading import load_classifier
 from torchserve_explain.paths import ROOT
 from torchserve_explain.servers.torchserve import ensure_archive
@@ -49,7 +50,7 @@ class Archive:
 def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
     """Load an archive as a worker does, built if missing or stale, for inputs `scale` times as high and wide as served.
 
-    Raises Refused where there is none, ValueError where the model cannot take such inputs.
+    Raises ArchiveError where there is none, or where the model cannot take such inputs.
     """
     ensure_archive(name, store)
     keep_freed_memory()
@@ -69,7 +70,7 @@ def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise Refused(f"{path} is no archive: {error}") from None
+        raise ArchiveError(f"{path} is no archive: {error}") from None
 
 
 def progress() -> Progress:
@@ -114,6 +115,6 @@ def readable(path: Path | str) -> str:
 
 
 def check_apart(data: Path, out: Path) -> None:
-    """Raise Refused where what is written would lie among what is read."""
+    """Raise ArchiveError where what is written would lie among what is read."""
     if out.resolve().is_relative_to(data.resolve()):
-        raise Refused(f"{out} lies inside {data}, and would be read as a part of it; allowed: a folder elsewhere")
+        raise ArchiveError(f"{out} lies inside {data}, and would be read as a part of it; allowed: a folder elsewhere")

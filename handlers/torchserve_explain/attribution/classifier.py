@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
 from torchserve_explain.attribution.stem import find_stem, passing
+from torchserve_explain.errors import Unsupported
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Classifier:
     def evaluate(
         self,
         inputs: Tensor,
-        targets: Sequence[int],
+        targets: Sequence[int | None],
         scores: Sequence[Score],
         *,
         gradient: bool = False,
@@ -111,14 +111,16 @@ class Classifier:
         layers: Sequence[str] = (),
         activations: Sequence[str] = (),
         rule: BackwardRule | None = None,
+        precise: bool = False,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
-        Without `each` the gradients to the input are known as weighted sums only. With layers alone the backward pass
-        goes no further than the first of them; `activations` are layers whose output alone is wanted.
+        A target None is the predicted class; `precise` rows are never evaluated in low precision. Without `each` the
+        gradients to the input are known as weighted sums only. With layers alone the backward pass goes no further than
+        the first of them; `activations` are layers whose output alone is wanted.
         """
         model = self._model if rule is None else self._changed(rule)
-        if self._narrow is not None and rule is None and not gradient:
+        if not precise and self._narrow is not None and rule is None and not gradient:
             model = self._narrow
         stem = self._stem if rule is None and gradient and not each else None
         x = self._placed(inputs).detach().requires_grad_(gradient)
@@ -127,7 +129,8 @@ class Classifier:
             passing(model, stem) as edges,
             _captured(model, {*layers, *activations}) as outputs,
         ):
-            selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
+            logits = model(x.clone())  # a clone, should the model work in place
+            selected = _select(logits, targets, scores)
         early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
@@ -136,6 +139,7 @@ class Classifier:
             to_input = torch.zeros_like(x) if early is None else early
             found = Gradients(to_input, to_input, lambda gradient: gradient)
         return Evaluation(
+            logits.detach(),
             selected.detach(),
             found,
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
@@ -246,9 +250,11 @@ def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
-def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> Tensor:
+def _select(logits: Tensor, targets: Sequence[int | None], scores: Sequence[Score]) -> Tensor:
     """Return each row's score of its target [n]."""
-    index = torch.tensor(targets, device=logits.device)[:, None]
+    predicted = logits.detach().argmax(1).tolist() if None in targets else []
+    chosen_classes = [predicted[row] if target is None else target for row, target in enumerate(targets)]
+    index = torch.tensor(chosen_classes, device=logits.device)[:, None]
     chosen = logits.gather(1, index)[:, 0]
     if Score.PROBABILITY not in scores:
         return chosen
@@ -259,12 +265,12 @@ def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> 
 def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
     """Return the gradient of the summed scores to each tensor; None where the scores do not depend on it."""
     found: list[Tensor | None] = [None] * len(wanted)
-    places = [place for place, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
-    if selected.requires_grad and places:
-        asked = [wanted[place] for place in places]
-        gradients = torch.autograd.grad(selected, asked, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
-        for place, gradient in zip(places, gradients, strict=True):
-            found[place] = gradient
+    positions = [position for position, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
+    if selected.requires_grad and positions:
+        reached = [wanted[position] for position in positions]
+        gradients = torch.autograd.grad(selected, reached, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
+        for position, gradient in zip(positions, gradients, strict=True):
+            found[position] = gradient
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchserve_explain.attribution.errors import Unsupported
+from torchserve_explain.errors import Unsupported
 
 # Functions of one tensor that work on each value by itself.
 ACTIVATIONS = {

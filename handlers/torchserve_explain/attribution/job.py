@@ -6,9 +6,9 @@ from math import isfinite
 import torch
 
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.errors import NotFinite, Unsupported
 from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import NotFinite, Unsupported
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass says of some rows: `scores` [n], their gradients, and by name layers and plain activations."""
+    """What a pass says of some rows: `logits` [n, classes], `scores` [n], their gradients, layers and activations by name."""
 
+    logits: Tensor
     scores: Tensor
     found: Gradients | None
     layers: dict[str, Layer]
@@ -83,6 +84,7 @@ class Evaluation:
     def slice(self, start: int, stop: int) -> "Evaluation":
         """The rows `start` to `stop` alone."""
         return Evaluation(
+            self.logits[start:stop],
             self.scores[start:stop],
             None if self.found is None else self.found.slice(start, stop),
             {name: Layer(layer.activation[start:stop], layer.gradient[start:stop]) for name, layer in self.layers.items()},
@@ -91,25 +93,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Known:
+    """An evaluation that has been made already, and the seconds it took."""
+
+    evaluation: Evaluation
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Rows:
-    """`count` evaluations of one target's score.
+    """`count` evaluations of one target's score; `target` None is the class that the model predicts for each row.
 
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
     takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. With `summed` it
-    takes the gradients as weighted sums alone, which cost less. `layers` want their activation and gradient, `activations`
-    are layers whose gradient is not wanted. `passes` is how many of the model's own evaluations
-    one row costs.
+    takes the gradients as weighted sums alone, which cost less. `layers` are evaluated with the score's gradient there,
+    `activations` without. `precise` rows are never evaluated in low precision.
+    `passes` is how many of the model's own evaluations one row costs. Where the evaluation of all rows is `known`, it
+    is consumed at once.
     """
 
     count: int
     inputs: Callable[[int, int], Tensor]
     consume: Callable[[int, Evaluation], None]
-    target: int
-    score: Score
+    target: int | None = None
+    score: Score = Score.LOGIT
     gradient: bool = True
     summed: bool = False
     layers: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
     rule: BackwardRule | None = None
+    precise: bool = False
     passes: int = 1
+    known: Known | None = None

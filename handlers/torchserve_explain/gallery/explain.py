@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from torchserve_explain.archiver import Refused
-from torchserve_explain.attribution.engine import Engine, Finished
-from torchserve_explain.attribution.errors import AttributionError, NotFinite
+from torchserve_explain.attribution.computation import Outcome
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
+from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
 from torchserve_explain.gallery.pages import FAILED, Told, map_path, overlay_path, seen_path, write_gallery
 from torchserve_explain.gallery.question import LABEL, PREDICTED, Question, Sample, ask, digest_of, find_samples
 from torchserve_explain.offline import (
@@ -32,7 +32,6 @@ from torchserve_explain.offline import (
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.answers import Class, Explanation
-from torchserve_explain.serving.errors import ClientError
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
 
@@ -130,7 +129,7 @@ class Run:
             if not names:
                 return None
             return Due(sample, digest, read_picture(data, self._archive.settings.preprocessing, self._limits.pixels), names)
-        except (ClientError, OSError) as reason:
+        except (RequestError, OSError) as reason:
             self.skipped[sample.path] = str(reason)
             return None
 
@@ -156,18 +155,18 @@ class Run:
         for name in due.names:
             yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
 
-    def _keep(self, one: Planned, outcome: Finished[Attribution] | AttributionError) -> None:
+    def _keep(self, one: Planned, outcome: Outcome[Attribution]) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
         record = self._facts(one)
         if isinstance(outcome, NotFinite):
             self._records.add(record | {FAILED: str(outcome)})
-        elif isinstance(outcome, AttributionError):
+        elif isinstance(outcome, ExplainError):
             raise outcome
         else:
             target = Class(one.job.case.target, record["target"], record["target_probability"])
             explanation = Explanation(one.job, outcome, target, self._question.parameters, one.due.picture)
             self._write(record, explanation)
-            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.result.completeness_error}
+            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.value.completeness_error}
             self._records.add(record | {"parameters": explanation.used(), "signed": one.job.signed} | cost)
 
     def _write(self, record: Record, explanation: Explanation) -> None:
@@ -223,10 +222,10 @@ def main(options: argparse.Namespace) -> int:
         archive = load_archive(options.name, options.store)
         samples = find_samples(options.data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
-            raise Refused(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
+            raise ArchiveError(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
         run = Run(ask(archive, options.methods, options.target, dict(options.set)), options.data, out)
         run.explain(samples, options.batch)
-    except (Refused, ClientError, AttributionError, ValueError, OSError) as reason:
+    except (ArchiveError, RequestError, AttributionError, ValueError, OSError) as reason:
         print(f"explain: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -240,10 +239,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path, data: Path) -> None:
-    """Raise Refused where pages would be written over what is not theirs."""
+    """Raise ArchiveError where pages would be written over what is not theirs."""
     check_apart(data, out)  # else the next run takes maps for pictures
     if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
-        raise Refused(f"--out: {out} holds something else; allowed: a new folder, or one that was written by this command")
+        raise ArchiveError(f"--out: {out} holds something else; allowed: a new folder, or one that was written by this command")
 
 
 def _pair(text: str) -> tuple[str, str]:

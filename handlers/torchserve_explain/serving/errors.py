@@ -1,50 +1,28 @@
-"""The errors that a client sees: one class, because a status and a sentence are all there is to them."""
+"""Ways to word an error for a client."""
 
 from http import HTTPStatus
-from typing import Any
 
-from torchserve_explain.attribution.errors import AttributionError, DeadlinePassed, OutOfMemory, Unsupported
-
-TYPES = {
-    HTTPStatus.BAD_REQUEST: "BadRequestException",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "RequestEntityTooLargeException",
-    HTTPStatus.UNPROCESSABLE_ENTITY: "UnprocessableEntityException",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerException",
-    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableException",
-    HTTPStatus.GATEWAY_TIMEOUT: "GatewayTimeoutException",
-}
+from torchserve_explain.errors import AttributionError, DeadlinePassed, OutOfMemory, RequestError, Unsupported
 
 
-class ClientError(Exception):
-    """A request that cannot be answered: the status it gets, and why."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-    def body(self) -> dict[str, Any]:
-        """Return TorchServe's own form of an error."""
-        return {"code": self.status.value, "type": TYPES[self.status], "message": str(self)}
-
-
-def bad_request(message: str) -> ClientError:
+def bad_request(message: str) -> RequestError:
     """A request that is wrong in itself."""
-    return ClientError(HTTPStatus.BAD_REQUEST, message)
+    return RequestError(HTTPStatus.BAD_REQUEST, message)
 
 
-def over_limit(message: str) -> ClientError:
+def over_limit(message: str) -> RequestError:
     """A request that asks for more than the archive allows."""
-    return ClientError(HTTPStatus.UNPROCESSABLE_ENTITY, message)
+    return RequestError(HTTPStatus.UNPROCESSABLE_ENTITY, message)
 
 
-def from_engine(error: AttributionError) -> ClientError:
+def from_engine(error: AttributionError) -> RequestError:
     """Say an engine's error to a client."""
     statuses: dict[type[AttributionError], HTTPStatus] = {
         OutOfMemory: HTTPStatus.SERVICE_UNAVAILABLE,
         DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
         Unsupported: HTTPStatus.BAD_REQUEST,
     }
-    return ClientError(statuses.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR), str(error))
+    return RequestError(statuses.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR), str(error))
 
 
 def shown(value: object) -> str:

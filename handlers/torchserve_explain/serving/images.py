@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from torchserve_explain.serving.errors import ClientError, bad_request
+from torchserve_explain.errors import RequestError
+from torchserve_explain.serving.errors import bad_request
 from torchserve_explain.serving.settings import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders that run no code of the file's
@@ -34,7 +35,7 @@ class Picture:
 
 
 def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Picture:
-    """Decode and prepare an upload; raises ClientError 400 (not an image) or 413 (too many pixels)."""
+    """Decode and prepare an upload; raises RequestError 400 (not an image) or 413 (too many pixels)."""
     image = _upright(_decoded(data, pixel_limit), "L" if len(preprocessing.mean) == 1 else "RGB")
     width, height = image.size
     trimmed, (x, y) = _trimmed(image, preprocessing)
@@ -58,7 +59,7 @@ def _decoded(data: bytes, pixel_limit: int) -> Image.Image:
         if pixels * scans > SCANS * pixel_limit:
             raise too_large(f"{size} in {scans} scans", f"at most {SCANS * pixel_limit} pixels in all scans")
         image.load()
-    except (ClientError, MemoryError):
+    except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise too_large("far larger", f"at most {pixel_limit} pixels") from None
@@ -76,9 +77,9 @@ def _hint(data: bytes) -> str:
     return "; to send a file with curl: -F data=@FILE" if looks_like_a_name else ""
 
 
-def too_large(size: str, allowed: str) -> ClientError:
+def too_large(size: str, allowed: str) -> RequestError:
     """The image has more to decode than the archive allows."""
-    return ClientError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"data: the image is {size}; allowed: {allowed}")
+    return RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"data: the image is {size}; allowed: {allowed}")
 
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:

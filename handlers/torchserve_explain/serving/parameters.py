@@ -72,6 +72,7 @@ class Parameters(BaseModel):
     quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
         (), description=f"one or more of {', '.join(QUALITIES)}, or 'all'", json_schema_extra={"enum": list(QUALITIES)}
     )
+    timeout: Number | None = Field(None, gt=0, description="seconds above 0, at most the archive's limits.seconds")
     seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     colormap: str | None = Field(
         None,
@@ -105,7 +106,7 @@ class Parameters(BaseModel):
 
 
 def read_parameters(*layers: Mapping[str, object]) -> Parameters:
-    """Merge layers, weakest first, and check them; raises ClientError 400 naming parameter, value and what is allowed."""
+    """Merge layers, weakest first, and check them; raises RequestError 400 naming parameter, value and what is allowed."""
     merged: dict[str, object] = {}
     for layer in layers:
         given = {key: value for key, value in layer.items() if value is not None}  # JSON null: not given
@@ -135,7 +136,7 @@ class Capabilities:
     def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
         """Return the names with `all` spelt out: what serves the model and the score.
 
-        Raises ClientError 400 for a name that is unknown or cannot serve.
+        Raises RequestError 400 for a name that is unknown or cannot serve.
         """
         suited = [name for name in self.methods if score is Score.LOGIT or METHODS[name].explains_probability]
         chosen: list[str] = []
@@ -166,7 +167,7 @@ class Labels:
             self._indices.setdefault(name, []).append(index)
 
     def targets(self, asked: tuple[str | int, ...] | str | int) -> list[int]:
-        """Return the class indices asked for; raises ClientError 400 for one that does not exist or is shared."""
+        """Return the class indices asked for; raises RequestError 400 for one that does not exist or is shared."""
         if isinstance(asked, str) and asked not in self._indices:
             return [self._index(item.strip()) for item in asked.split(",")]
         return [self._index(item) for item in (asked if isinstance(asked, tuple) else (asked,))]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torchserve_explain.serving.errors import ClientError, bad_request, shown
+from torchserve_explain.errors import RequestError
+from torchserve_explain.serving.errors import bad_request, shown
 
 ACCEPTED = {"image/png": "png", "text/html": "html", "application/json": "json"}
 
@@ -48,10 +49,10 @@ class Request:
         """Say in an error which of several instances it is about."""
         try:
             yield
-        except ClientError as error:
+        except RequestError as error:
             if self.protocol is Protocol.PLAIN:
                 raise
-            raise ClientError(error.status, f"instance {place}: {error}") from None
+            raise RequestError(error.status, f"instance {place}: {error}") from None
 
     @property
     def page(self) -> bool:
@@ -60,7 +61,7 @@ class Request:
 
 
 def read_request(row: Mapping[str, Any], raw_headers: Mapping[str, Any], request_id: str = "") -> Request:
-    """Read one row of TorchServe's batch; raises ClientError 400."""
+    """Read one row of TorchServe's batch; raises RequestError 400."""
     # Form fields stand in the header dictionary too, as dictionaries; headers keep the client's case.
     headers = {name.lower(): value for name, value in raw_headers.items() if isinstance(value, str)}
     defaults = _defaults(headers)
@@ -155,8 +156,8 @@ def _numbered(instances: list[dict[str, Any]]) -> tuple[Instance, ...]:
     for place, fields in enumerate(instances):
         try:
             read.append(_instance(fields))
-        except ClientError as error:
-            raise ClientError(error.status, f"instance {place}: {error}") from None
+        except RequestError as error:
+            raise RequestError(error.status, f"instance {place}: {error}") from None
     return tuple(read)
 
 

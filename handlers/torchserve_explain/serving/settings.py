@@ -6,8 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from torchvision import transforms
 
 from torchserve_explain.attribution.classifier import Normalization
+from torchserve_explain.errors import ArchiveError
 
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+EXPLANATIONS_SHARE = 0.75  # of the places in flight
 
 
 class Section(BaseModel):
@@ -51,7 +55,7 @@ class Preprocessing(Section):
 
 
 class Limits(Section):
-    """What one request may ask for (422 or 413 beyond it), and what the worker spends on a batch."""
+    """What one request may ask for (422 or 413 beyond it), and what the worker spends on it."""
 
     evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
@@ -63,7 +67,8 @@ class Limits(Section):
     pixels: PositiveInt = 50_000_000  # of a decoded image
     answer_bytes: PositiveInt = 6_000_000  # TorchServe's max_response_size kills the worker beyond 6,553,500
     pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
-    seconds: PositiveFloat = 60.0  # a batch; below responseTimeout, which kills the worker
+    quantum: PositiveInt = 60  # milliseconds that a pass may take while other requests wait
+    seconds: PositiveFloat = 60.0  # a request, from its arrival in the worker; below responseTimeout, which kills the worker
 
 
 class Explanations(Section):
@@ -96,6 +101,12 @@ class Settings(BaseModel):
     minWorkers: PositiveInt = 1  # noqa: N815
     maxWorkers: PositiveInt = 1  # noqa: N815
     batchSize: PositiveInt = 1  # noqa: N815
+    continuousBatching: bool = False  # noqa: N815
+
+    @property
+    def explanation_places(self) -> int | None:
+        """How many of the places in flight explanations may hold, so that predictions find one; None: all of a batch."""
+        return max(1, int(EXPLANATIONS_SHARE * self.batchSize)) if self.continuousBatching else None
 
     @model_validator(mode="after")
     def _deadline_before_timeout(self) -> "Settings":
@@ -105,9 +116,9 @@ class Settings(BaseModel):
 
 
 def read_settings(config: dict[str, Any]) -> Settings:
-    """Check the sections of a model-config.yaml; raises ValueError with one line for each key that is wrong."""
+    """Check the sections of a model-config.yaml; raises ArchiveError with one line for each key that is wrong."""
     try:
         return Settings.model_validate(config)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'model-config.yaml'}: {e['msg']}" for e in error.errors()]
-        raise ValueError("model-config.yaml: " + "; ".join(lines)) from None
+        raise ArchiveError("model-config.yaml: " + "; ".join(lines)) from None

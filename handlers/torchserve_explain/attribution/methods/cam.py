@@ -9,9 +9,9 @@ from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 from torchserve_explain.attribution.rows import Layer
+from torchserve_explain.errors import Unsupported
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.errors import Unsupported
 from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
+from torchserve_explain.errors import Unsupported
 
 RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two"}
 STABILIZER = 1e-6

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.computation import Computation, Need
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Layer, Rows, Score
 
 A = TypeVar("A")
@@ -151,7 +151,7 @@ def both(first: Computation[A], second: Computation[B]) -> Computation[tuple[A, 
     def run(index: int, computation: Computation[Any]) -> Computation[None]:
         results[index] = yield from computation
 
-    for needs, more_needs in zip_longest(run(0, first), run(1, second), fillvalue=list[Rows]()):
+    for needs, more_needs in zip_longest(run(0, first), run(1, second), fillvalue=list[Need]()):
         yield [*needs, *more_needs]
     return results[0], results[1]
 
