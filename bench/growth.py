@@ -11,8 +11,8 @@ from bench import machine, tables
 from bench.contest import Result, compete
 from bench.ours import PATH, PATHS
 from bench.subjects import subject
-from torchserve_explain.offline import progress
 from torchserve_explain.paths import ROOT
+from torchserve_explain.records import progress
 
 NETWORK, NAMES = "resnet18", ("ours", "captum")
 ROUNDS, SECONDS = 3, 30

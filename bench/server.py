@@ -21,9 +21,9 @@ from bench import machine, tables
 from bench.stock import build_stock
 from bench.subjects import LITE0, network
 from torchserve_explain.archiver import build_archive, parser
-from torchserve_explain.offline import progress
 from torchserve_explain.paths import ROOT
 from torchserve_explain.photo import photo_path
+from torchserve_explain.records import progress
 from torchserve_explain.servers.torchserve import Server, free_ports, serving
 
 STEPS = 15  # of the stock handler's Integrated Gradients

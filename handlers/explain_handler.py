@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from torchserve_explain.archive import Archive
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
-from torchserve_explain.loading import load_classifier
 from torchserve_explain.servers.torchserve_metrics import Metrics
 from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.in_flight import InFlight
@@ -34,7 +34,8 @@ class ExplainHandler:
         keep_freed_memory()
         # Workers that each take every core slow each other down; OMP_NUM_THREADS may allow them less.
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.maxWorkers)))
-        classifier, labels = load_classifier(Path(properties["model_dir"]), settings, device)
+        archive = Archive.load(Path(properties["model_dir"]), device)
+        classifier, labels = archive.classifier, archive.labels
         self._continuous = settings.continuousBatching
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})

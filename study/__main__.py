@@ -13,13 +13,14 @@ from rich.console import Console
 from study.measure import PACK, Photo, Settings, make_grids, measure_grid, measure_photo, read_photo
 from study.tables import markdown, montage, write_csv
 from study.techniques import Technique, techniques
+from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.errors import ArchiveError
-from torchserve_explain.offline import SUFFIXES, Record, add_record, load_archive, progress, read_records, write_records
 from torchserve_explain.paths import ROOT
 from torchserve_explain.photo import photo_path
+from torchserve_explain.records import SUFFIXES, Record, add_record, progress, read_records, write_records
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.settings import Preprocessing
 

@@ -32,7 +32,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo as the classifier takes it: normalised [C, H, W], with the predicted class and its probability."""
+    """A photo as the classifier takes it, on its device: normalised [C, H, W], the predicted class, its probability."""
 
     name: str
     input: Tensor
@@ -43,6 +43,7 @@ class Photo:
 
 def read_photo(name: str, image: Tensor, engine: Engine) -> Photo:
     """Return the photo with what the classifier says of it."""
+    image = image.to(engine.classifier.device, engine.classifier.dtype)
     logits = engine.logits([image])[0]
     target = int(logits.argmax())
     return Photo(name, image, target, float(logits[target]), float(logits.softmax(0)[target]))

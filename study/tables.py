@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from study.techniques import EIGHT
-from torchserve_explain.offline import Record
+from torchserve_explain.records import Record
 from torchserve_explain.serving.pictures import Cell, Map, Scale, contact_sheet, draw_heatmap, draw_overlay
 
 # Column: key of a record, how a cell is written, which end is the better one.

@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter
 
 from study.measure import PACK
 from study.techniques import SMOOTHED, Technique
+from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
@@ -30,7 +31,6 @@ from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
 from torchserve_explain.errors import ArchiveError
-from torchserve_explain.offline import load_archive
 from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import Cell, Map, Scale, contact_sheet, draw_overlay
@@ -126,7 +126,7 @@ def measure(
     cells: list[Cell] = []
     logits = engine.logits([picture.input for picture in pictures])
     for picture, defect, scores in track(list(zip(pictures, defects, logits, strict=True)), "explaining"):
-        case = Case(engine.classifier, picture.input, label)
+        case = Case(engine.classifier, picture.input.to(engine.classifier.device, engine.classifier.dtype), label)
         jobs = [Job(way.method, case, way.smoothing) for way in WAYS]
         for way, job, values in zip(WAYS, jobs, explain(engine, jobs), strict=True):
             found[way.name].append(point(values, defect))

@@ -26,6 +26,7 @@ class Small(ResNet):
 """
 SMALL_LABELS = ["ant", "bee", "cat", "dog", "emu", "cat", "new york, ny"]
 SMALL_CONFIG = """
+continuousBatching: false
 minWorkers: 1
 maxWorkers: 2  # one torch thread for the one worker that is started: steadier beside other processes
 batchSize: 8

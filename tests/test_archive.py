@@ -16,9 +16,10 @@ from conftest import ROOT, small_cnn
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from torchserve_explain.archiver import build_archive, parser
+from torchserve_explain.archive import Archive
+from torchserve_explain.archiver import build_archive, complete, parser
 from torchserve_explain.errors import ArchiveError
-from torchserve_explain.loading import build_network, load_classifier, read_labels
+from torchserve_explain.network import build_network, read_labels
 from torchserve_explain.serving.settings import read_settings
 
 CONFIG = {"preprocessing": {"resize": [32, 32], "crop": None}}
@@ -74,12 +75,11 @@ def test_a_checkpoint_of_a_torchvision_architecture_is_archived(archive, tmp_pat
         torch.save({"epoch": 3, "state_dict": state} if form == "wrapped" else state, path)
     (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
     mar = archive("--arch", ARCHITECTURE, "--weights", path, "--labels", tmp_path / "labels.txt")
-    folder = unpacked(mar, tmp_path / "unpacked")
-    settings = read_settings(yaml.safe_load((folder / "model-config.yaml").read_text()))
-    classifier, labels = load_classifier(folder, settings)
-    assert labels == ["a", "b", "c", "d"]
+    loaded = Archive.load(mar)
+    assert loaded.labels == ["a", "b", "c", "d"]
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(classifier.logits(x), model.eval()(x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.classifier.logits(x), model.eval()(x).detach(), rtol=1e-4, atol=1e-4)
+    assert Archive.load(unpacked(mar, tmp_path / "unpacked")).digest == loaded.digest
 
 
 def test_a_users_own_model_is_archived(archive, tmp_path):
@@ -159,6 +159,11 @@ def test_a_wrong_command_is_refused_without_a_traceback(arguments, name, reason)
         ({"preprocessing": {"resize": 256, "crop": None}}, "without a crop"),
         ({"explanations": {"limits": {"seconds": 119}}}, "responseTimeout"),
         ({"explanations": {"defaults": {"methd": "ig"}}}, "unknown parameter 'methd'"),
+        ({"maxWorkers": 2}, "2 workers hang with continuousBatching"),
+        ({"minWorkers": 3}, "or the archive served under a second name"),
+        ({"useJobTicket": True}, "useJobTicket breaks continuousBatching"),
+        ({"asyncCommunication": True}, "asyncCommunication breaks continuousBatching"),
+        ({"sequenceBatching": True}, "sequenceBatching breaks continuousBatching"),
     ],
 )
 def test_a_wrong_configuration_is_refused_naming_the_key(archive, tmp_path, content, reason):
@@ -199,7 +204,91 @@ def test_what_a_configuration_leaves_out_is_as_in_the_default_one(archive, tmp_p
     torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
     folder = unpacked(archive("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth"), tmp_path / "unpacked")
     content = yaml.safe_load((folder / "model-config.yaml").read_text())
-    assert content["batchSize"] == 8 and content["preprocessing"] == CONFIG["preprocessing"]
+    assert content["preprocessing"] == CONFIG["preprocessing"]
+    assert (content["continuousBatching"], content["batchSize"], content["maxBatchDelay"]) == (True, 32, 1)
+    assert (content["minWorkers"], content["maxWorkers"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "batching"),
+    [
+        ({"continuousBatching": False}, (False, 8, 20)),
+        ({"continuousBatching": False, "batchSize": 2, "maxWorkers": 4}, (False, 2, 20)),
+        ({"batchSize": 64}, (True, 64, 1)),
+    ],
+)
+def test_a_configuration_chooses_its_batching(given, batching):
+    content = complete(given)
+    assert (content["continuousBatching"], content["batchSize"], content["maxBatchDelay"]) == batching
+    settings = read_settings(content | {"classifier": {"architecture": "resnet18"}})
+    assert settings.continuousBatching is batching[0] and settings.maxWorkers == given.get("maxWorkers", 1)
+
+
+def as_saved_before_counters(model):
+    return {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+
+
+def test_weights_saved_before_batch_norms_counted_are_taken(archive, tmp_path):
+    torch.manual_seed(0)
+    model = get_model("resnet18", weights=None, num_classes=3)
+    torch.save(as_saved_before_counters(model), tmp_path / "w.pth")
+    loaded = Archive.load(archive("--arch", "resnet18", "--weights", tmp_path / "w.pth"))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.classifier.logits(x), model.eval()(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_of_a_batch_norm_nothing_else_may_be_missing(tmp_path):
+    state = as_saved_before_counters(get_model("resnet18", weights=None))
+    del state["bn1.running_mean"]
+    with pytest.raises(ArchiveError, match=r"1 tensors missing, such as bn1\.running_mean"):
+        build_network("resnet18", tmp_path, state)
+
+
+@pytest.fixture
+def folder(archive, tmp_path):
+    """An unpacked archive without labels."""
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    return unpacked(archive("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth"), tmp_path / "unpacked")
+
+
+def test_classes_without_labels_are_called_by_their_indices(folder):
+    loaded = Archive.load(folder)
+    assert loaded.labels == ["0", "1", "2", "3"] and loaded.classes("2") == [2] and loaded.classes(None) == []
+
+
+def test_an_archive_of_an_unknown_format_is_refused(folder):
+    (folder / "archive.json").write_text(json.dumps({"format": 7}))
+    with pytest.raises(ArchiveError, match=r"has the format 7, and .* reads 1; build it anew"):
+        Archive.load(folder)
+
+
+def test_an_archive_made_before_formats_were_told_is_loaded(folder):
+    (folder / "archive.json").unlink()
+    assert Archive.load(folder).classifier.classes == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [("weights.safetensors", b"", "cannot be read"), ("model-config.yaml", None, "holds no model-config.yaml")],
+)
+def test_an_archive_that_lacks_a_part_is_refused(folder, name, content, reason):
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(ArchiveError, match=reason):
+        Archive.load(folder)
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "x.mar").write_bytes(b"PK no")
+    with pytest.raises(ArchiveError, match="is no archive"):
+        Archive.load(tmp_path / "x.mar")
+
+
+def test_a_digest_tells_contents_apart_and_not_the_time_of_making(archive, tmp_path):
+    torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
+    arguments = ("--arch", ARCHITECTURE, "--weights", tmp_path / "w.pth")
+    first, second = (Archive.load(archive(*arguments)).digest for _ in range(2))
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
+    assert first == second != Archive.load(archive(*arguments, "--labels", tmp_path / "labels.txt")).digest
 
 
 def test_two_builds_at_once_do_not_disturb_each_other(tmp_path):

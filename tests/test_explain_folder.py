@@ -1,6 +1,5 @@
 """A folder explained: every record there, nothing computed twice, right and wrong apart, means as they are defined."""
 
-import argparse
 import re
 from functools import cache
 from urllib.parse import unquote
@@ -10,13 +9,15 @@ import pytest
 import torch
 from live import SMALL_LABELS, build_small, picture
 
+from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.cli import main
 from torchserve_explain.gallery import explain, question
 from torchserve_explain.gallery.pages import Group, Shot, group, mean_map
 from torchserve_explain.gallery.question import find_samples
-from torchserve_explain.offline import load_archive, read_records
+from torchserve_explain.records import read_records
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.parameters import Capabilities
 
@@ -71,12 +72,9 @@ def passes(monkeypatch):
 
 
 def command(store, data, out, *more):
-    parser = argparse.ArgumentParser()
-    explain.add_parser(parser.add_subparsers(required=True))
     usual = ["--methods", ",".join(METHODS), "--set", "steps=4"]  # of two --methods the later counts
     given = ["explain", "small", "--store", store, "--data", data, "--out", out, *usual, *more]
-    options = parser.parse_args(list(map(str, given)))
-    return options.carry_out(options)
+    return main(list(map(str, given)))
 
 
 @pytest.fixture(scope="module")

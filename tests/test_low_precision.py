@@ -9,7 +9,7 @@ from conftest import NORMALIZATION, ROOT, SIZE, small_cnn
 from safetensors.torch import save_file
 from torch import nn
 
-from torchserve_explain import loading
+from torchserve_explain.archive import load_classifier
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
@@ -111,10 +111,10 @@ def test_a_model_that_does_not_run_in_bfloat16_is_served_in_float32(caplog):
 def test_an_archive_chooses_its_arithmetic(tmp_path, monkeypatch, caplog):
     settings = stage(tmp_path, "bfloat16")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert loading.load_classifier(tmp_path, settings)[0].narrow is torch.bfloat16
+    assert load_classifier(tmp_path, settings, "cpu", SIZE).narrow is torch.bfloat16
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with caplog.at_level(logging.WARNING):
-        assert loading.load_classifier(tmp_path, settings)[0].narrow is None
+        assert load_classifier(tmp_path, settings, "cpu", SIZE).narrow is None
     assert "no bfloat16" in caplog.text
 
 

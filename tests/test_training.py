@@ -16,7 +16,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
-from torchserve_explain.loading import build_network
+from torchserve_explain.network import build_network
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import png
 from torchserve_explain.serving.settings import read_settings

@@ -17,7 +17,7 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.errors import TrainingError
-from torchserve_explain.loading import MODEL, build_network
+from torchserve_explain.network import MODEL, build_network
 from torchserve_explain.paths import ROOT
 from training.__main__ import main
 from training.architectures.direction import Direction

@@ -1,6 +1,6 @@
 """Trains a classifier from a folder of images: `python -m training RECIPE --data FOLDER --out classifiers/NAME`.
 
-`python -m training explain NAME --data FOLDER` explains every picture of a folder.
+`torchserve-explain explain NAME --data FOLDER` then explains every picture of a folder.
 """
 
 import argparse
@@ -15,10 +15,9 @@ from rich.console import Console
 
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.errors import TrainingError
-from torchserve_explain.gallery import explain
-from torchserve_explain.offline import progress
 from torchserve_explain.options import positive, whole
 from torchserve_explain.paths import ROOT
+from torchserve_explain.records import progress
 from training.experiment import Experiment
 from training.features import Place
 from training.fit import OPTIMIZERS
@@ -85,10 +84,9 @@ def train(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out the command."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="RECIPE | explain")
+    commands = parser.add_subparsers(required=True, metavar="RECIPE")
     for name in recipe_names():
         add_recipe(commands, name)
-    explain.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.carry_out(options))

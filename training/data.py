@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from torchserve_explain.errors import RequestError, TrainingError
-from torchserve_explain.offline import readable
+from torchserve_explain.records import readable
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Limits, Preprocessing
 

@@ -11,10 +11,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from torchserve_explain.archive import WEIGHTS
 from torchserve_explain.archiver import check_name
 from torchserve_explain.errors import ArchiveError, TrainingError
-from torchserve_explain.loading import MODEL, WEIGHTS
-from torchserve_explain.offline import check_apart
+from torchserve_explain.network import MODEL
+from torchserve_explain.records import check_apart
 from torchserve_explain.serving.settings import Preprocessing
 from training.architectures import direction
 from training.networks import BACKBONES

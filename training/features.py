@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from torchserve_explain.offline import in_one_step
+from torchserve_explain.records import in_one_step
 from training.data import Images, mixed
 
 LARGEST = 2 * 2**30  # bytes of a split's features that are kept; larger ones are made in every epoch

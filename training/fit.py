@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from torchserve_explain.errors import TrainingError
-from torchserve_explain.offline import in_one_step
+from torchserve_explain.records import in_one_step
 from training.data import mixed
 from training.features import Source, in_order, shuffled
 from training.recipe import Recipe

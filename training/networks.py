@@ -13,7 +13,7 @@ from torchvision.models import get_model
 from torchserve_explain.archiver import read_source, read_weights
 from torchserve_explain.attribution.classifier import Normalization
 from torchserve_explain.errors import ArchiveError, TrainingError
-from torchserve_explain.loading import MODEL, TIMM
+from torchserve_explain.network import MODEL, TIMM
 from torchserve_explain.paths import ROOT
 from torchserve_explain.serving.settings import Preprocessing
 from training.architectures.cnn import Cnn

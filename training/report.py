@@ -105,7 +105,8 @@ def examples(engine: Engine, data: Data, logits: Tensor, preprocessing: Preproce
 
 def overlay(engine: Engine, picture: Picture, target: int, method: str) -> str:
     """Explain a picture's target and lay the map over it."""
-    job = Job(METHODS[method](), Case(engine.classifier, picture.input, target))
+    classifier = engine.classifier
+    job = Job(METHODS[method](), Case(classifier, picture.input.to(classifier.device, classifier.dtype), target))
     values = explain(engine, [job])[0]
     return encoded(draw_overlay(values, Scale.of(values, job.signed, None, 99), picture.seen, 0.5))
 

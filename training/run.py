@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from torchserve_explain.offline import readable
+from torchserve_explain.records import readable
 from training.data import SPLITS, Data, read_folder
 from training.evaluation import Scores, evaluate
 from training.experiment import Experiment, Learnt

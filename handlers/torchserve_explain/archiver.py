@@ -18,17 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchserve_explain.archive import ABOUT, CONFIG, LABELS, WEIGHTS, Archive, about
 from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.errors import ArchiveError
-from torchserve_explain.loading import LABELS, MODEL, WEIGHTS, load_classifier, read_labels
-from torchserve_explain.paths import ROOT
+from torchserve_explain.network import MODEL, read_labels
+from torchserve_explain.paths import HANDLER, PACKAGE, ROOT, STORE, classifier_folder, packaged
 from torchserve_explain.serving.service import Service
-from torchserve_explain.serving.settings import Settings, read_settings
+from torchserve_explain.serving.settings import Settings
 
-CONFIG = "model-config.yaml"
 WEIGHT_FILES = (WEIGHTS, "weights.pth", "weights.pt")  # of a classifier's folder; the first that exists
 LABEL_FILES = ("labels.txt", "labels.json", LABELS)
-DEFAULT_CONFIG = ROOT / "deploy" / CONFIG
+DEFAULT_CONFIG = packaged("deploy") / CONFIG
+CLASSIC = {"batchSize": 8, "maxBatchDelay": 20}  # the defaults where a configuration says continuousBatching: false
 # What TorchServe 0.12 reads of a model-config.yaml.
 FRONTEND_KEYS = {
     *("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "maxRetryTimeoutInSec"),
@@ -52,8 +54,10 @@ def build_archive(name: str, options: argparse.Namespace) -> Path:
     check_name("version", options.version)
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary, "stage")
-        shutil.copytree(ROOT / "handlers", stage, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        collect(ROOT / "classifiers" / name, options, stage)
+        shutil.copytree(PACKAGE, stage / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "files"))
+        shutil.copyfile(HANDLER, stage / HANDLER.name)
+        (stage / ABOUT).write_text(about(), encoding="utf-8")
+        collect(classifier_folder(name), options, stage)
         check(stage)
         archive = package(name, options.version, stage, Path(temporary))
         options.store.mkdir(parents=True, exist_ok=True)
@@ -70,8 +74,7 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
             f"there is no classifiers/{folder.name}; give --weights and --arch (or --model) to archive a checkpoint"
         )
     config = _first(options.config, folder / CONFIG) or DEFAULT_CONFIG
-    # What a configuration leaves out, batching above all, is as in the default one.
-    content = read_config(DEFAULT_CONFIG) | read_config(config)
+    content = complete(read_config(config))
     if options.arch or options.model:
         content["classifier"] = {"architecture": options.arch or MODEL}
     if not content.get("classifier"):
@@ -111,6 +114,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def complete(given: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with what it leaves out as in the default one; batching depends on its mode."""
+    classic = CLASSIC if given.get("continuousBatching") is False else {}
+    return read_config(DEFAULT_CONFIG) | classic | given
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from safetensors or from a checkpoint, without running any code it may hold; raises ArchiveError."""
     try:
@@ -135,10 +144,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def check(stage: Path) -> None:
     """Load the stage as a worker will; raises ArchiveError with the reason where that fails."""
     try:
-        settings = read_settings(yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")))
-        classifier, labels = load_classifier(stage, settings)
-        service = Service(classifier, labels, settings, {"name": "check", "version": "0"})
-        service.warm_up(Engine(classifier, service.limits.pack))
+        archive = Archive.load(stage)
+        service = Service(archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"})
+        service.warm_up(Engine(archive.classifier, service.limits.pack))
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise ArchiveError(str(error) or type(error).__name__) from error
     for method, why in service.refused.items():
@@ -150,7 +158,7 @@ def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
     arguments = {
         "--model-name": name,
         "--version": version,
-        "--handler": stage / "explain_handler.py",
+        "--handler": stage / HANDLER.name,
         "--extra-files": stage,
         "--config-file": stage / CONFIG,
         "--export-path": temporary,
@@ -168,14 +176,39 @@ def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
 def is_stale(name: str, store: Path) -> bool:
     """Whether the archive is missing or older than what it is built from."""
     archive = store / f"{name}.mar"
-    sources = [p for top in ("handlers", f"classifiers/{name}", "deploy") for p in (ROOT / top).rglob("*") if p.is_file()]
-    sources = [path for path in sources if "__pycache__" not in path.parts]
+    found = (path for top in (PACKAGE, classifier_folder(name)) for path in top.rglob("*") if path.is_file())
+    sources = [HANDLER, DEFAULT_CONFIG, *(path for path in found if "__pycache__" not in path.parts)]
     return not archive.exists() or archive.stat().st_mtime < max(path.stat().st_mtime for path in sources)
 
 
+def ensure_archive(name: str, store: Path = STORE) -> Path:
+    """Build an archive if it is missing, or older than its sources; return its path. Raises ArchiveError."""
+    archive, has_sources = store / f"{name}.mar", classifier_folder(name).exists()
+    if has_sources and is_stale(name, store):
+        print(f"building {archive}", flush=True)
+        build_archive(name, parser().parse_args([name, "--store", str(store)]))
+    elif not has_sources and not archive.exists():
+        folders = (path for top in (ROOT / "classifiers", packaged("classifiers")) if top.exists() for path in top.iterdir())
+        known = sorted({*(path.name for path in folders), *(path.stem for path in store.glob("*.mar"))})
+        raise ArchiveError(f"{name} is neither in classifiers/ nor in {store.name}/; there are {', '.join(known)}")
+    return archive
+
+
+def load_archive(name: str, store: Path = STORE, scale: int = 1) -> Archive:
+    """Load an archive by its name, built if missing or stale, onto the fastest device; see Archive.load."""
+    keep_freed_memory()
+    return Archive.load(ensure_archive(name, store), "cuda" if torch.cuda.is_available() else "cpu", scale)
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line of archive.sh."""
-    command = argparse.ArgumentParser(prog="./archive.sh", description=__doc__)
+    """Return the command line that describes an archive."""
+    command = argparse.ArgumentParser(description=__doc__)
+    add_arguments(command)
+    return command
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what an archive is made of to a command line."""
     command.add_argument("name", help="the model's name; classifiers/NAME/ is read if it exists")
     network = command.add_mutually_exclusive_group()
     network.add_argument("--arch", help="a torchvision architecture, such as resnet34; or timm/ and the name of one of timm's")
@@ -184,17 +217,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--labels", type=_existing, help='class names: a JSON list, {"0": name, ...}, or one name a line')
     command.add_argument("--config", type=_existing, help="a model-config.yaml (default: ImageNet preprocessing)")
     command.add_argument("--version", default="1.0", help="the model's version (default: %(default)s)")
-    command.add_argument("--store", type=Path, default=ROOT / "model_store", help="where archives go (default: model_store)")
-    return command
+    command.add_argument("--store", type=Path, default=STORE, help="where archives go (default: model_store)")
 
 
-def main() -> int:
-    """Build the archive that the command line asks for."""
-    options = parser().parse_args()
+def main(options: argparse.Namespace) -> int:
+    """Build the archive that the command line describes."""
     try:
         archive = build_archive(options.name, options)
     except (ArchiveError, OSError) as reason:
-        print(f"archive.sh: {options.name} is not archived: {reason}", file=sys.stderr)
+        print(f"archive: {options.name} is not archived: {reason}", file=sys.stderr)
         return 1
     print(f"{archive} ({archive.stat().st_size / 1e6:.1f} MB)")
     return 0
@@ -233,7 +264,3 @@ def read_source(folder: Path) -> Any:
         sys.path.remove(str(folder))
         sys.modules.pop("model", None)
     return module
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,12 @@
 """The whole round in one go: serve, predict and explain a photo with every method, write demo/, stop."""
 
+import argparse
 import base64
 import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import httpx
 from PIL import Image
@@ -12,14 +14,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from torchserve_explain.archiver import ensure_archive
 from torchserve_explain.attribution.methods import METHODS
-from torchserve_explain.errors import ArchiveError, ServerError
-from torchserve_explain.paths import ROOT
+from torchserve_explain.errors import ExplainError, ServerError
+from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.photo import photo_path
-from torchserve_explain.servers.torchserve import Server, ensure_archive, free_ports, serving
+from torchserve_explain.servers.torchserve import Server, free_ports, serving
 from torchserve_explain.serving.pictures import Cell, Scale, contact_sheet, png
-
-DEMO = ROOT / "demo"
 
 
 def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
@@ -33,19 +34,19 @@ def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
     return answer
 
 
-def show(server: Server, console: Console) -> None:
+def show(server: Server, out: Path, console: Console) -> None:
     """Ask for everything and write it down; the sheet is made of the methods' own pictures."""
     predictions = ask(server, "predictions").json()
-    (DEMO / "predictions.json").write_text(json.dumps(predictions, indent=1))
+    (out / "predictions.json").write_text(json.dumps(predictions, indent=1))
     console.print(*(f"{label}: {probability:.1%}" for label, probability in predictions.items()), sep=", ")
     table = Table("method", "target", "score", "evaluations", "completeness error", "ms")
     cells: list[Cell] = []
     for method in track(METHODS, "explaining", console=console):
         told = ask(server, "explanations", method=method).json()
-        (DEMO / f"{method}.json").write_text(json.dumps(told, indent=1))
+        (out / f"{method}.json").write_text(json.dumps(told, indent=1))
         one = told["explanations"][0]
         overlay = base64.b64decode(one["heatmap"]["overlay_png"])
-        (DEMO / f"{method}.png").write_bytes(overlay)
+        (out / f"{method}.png").write_bytes(overlay)
         scale, error = one["heatmap"]["scale"], one["completeness_error"]
         told_error = "-" if error is None else f"{error:.1%}"
         cells.append(
@@ -58,29 +59,30 @@ def show(server: Server, console: Console) -> None:
         )
         cost = (f"{one['target']['score']:.2f}", str(one["evaluations"]), told_error, f"{one['milliseconds']:.0f}")
         table.add_row(method, one["target"]["label"], *cost)
-    (DEMO / "contact_sheet.png").write_bytes(png(contact_sheet(cells)))
-    (DEMO / "report.html").write_bytes(
+    (out / "contact_sheet.png").write_bytes(png(contact_sheet(cells)))
+    (out / "report.html").write_bytes(
         ask(server, "explanations", method="integrated_gradients,grad_cam", output="html").content
     )
     console.print(table)
 
 
-def main() -> int:
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add where the demo writes to a command line."""
+    command.add_argument("--out", type=Path, default=ROOT / "demo", help="where everything goes (default: demo)")
+
+
+def main(options: argparse.Namespace) -> int:
     """Run the demo; its ports are free ones unless TS_* variables name others."""
-    console = Console()
+    console, out = Console(), options.out
     environment = free_ports() | {key: value for key, value in os.environ.items() if key.startswith("TS_")}
     try:
-        ensure_archive("imagenet", ROOT / "model_store")
-        DEMO.mkdir(exist_ok=True)
+        ensure_archive("imagenet")
+        out.mkdir(parents=True, exist_ok=True)
         console.print("starting TorchServe")
-        with serving(["imagenet"], ROOT / "model_store", environment, ROOT / "run" / "demo") as server:
-            show(server, console)
-    except (ServerError, ArchiveError) as reason:
+        with serving(["imagenet"], STORE, environment, ROOT / "run" / "demo") as server:
+            show(server, out, console)
+    except (ExplainError, OSError) as reason:
         print(f"demo: {reason}", file=sys.stderr)
         return 1
-    console.print(f"written: {', '.join(sorted(path.name for path in DEMO.iterdir()))} in {DEMO}")
+    console.print(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

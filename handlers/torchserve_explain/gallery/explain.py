@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
@@ -18,19 +18,9 @@ from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
 from torchserve_explain.gallery.pages import FAILED, Told, map_path, overlay_path, seen_path, write_gallery
 from torchserve_explain.gallery.question import LABEL, PREDICTED, Question, Sample, ask, digest_of, find_samples
-from torchserve_explain.offline import (
-    STORE,
-    Record,
-    add_record,
-    check_apart,
-    load_archive,
-    progress,
-    read_records,
-    readable,
-    write_records,
-)
 from torchserve_explain.options import whole
-from torchserve_explain.paths import ROOT
+from torchserve_explain.paths import ROOT, STORE
+from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
 from torchserve_explain.serving.answers import Class, Explanation
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import LARGEST_SIDE, compact
@@ -200,9 +190,8 @@ class Run:
         }
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand `explain`."""
-    command = subparsers.add_parser("explain", help="explain every picture of a folder", description=__doc__)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what is explained, and how, to a command line."""
     command.add_argument("name", help="the classifier: a folder of classifiers/, or an archive of the store")
     command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
     command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
@@ -211,7 +200,6 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
-    command.set_defaults(carry_out=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from torchserve_explain.attribution.methods import METHODS
-from torchserve_explain.offline import Record
+from torchserve_explain.records import Record
 from torchserve_explain.serving.capabilities import first_sentence
 from torchserve_explain.serving.pictures import Map, Scale, draw_heatmap, png
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from torchserve_explain.archive import Archive
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case, Method
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.errors import ArchiveError
-from torchserve_explain.offline import SUFFIXES, Archive
+from torchserve_explain.records import SUFFIXES
 from torchserve_explain.serving.errors import shown
 from torchserve_explain.serving.parameters import Capabilities, Parameters, read_parameters
 

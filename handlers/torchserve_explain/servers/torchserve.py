@@ -19,12 +19,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from torchserve_explain.archiver import build_archive, is_stale, parser
-from torchserve_explain.errors import ArchiveError, ServerError
-from torchserve_explain.paths import ROOT
+from torchserve_explain.archiver import ensure_archive
+from torchserve_explain.errors import ExplainError, ServerError
+from torchserve_explain.paths import ROOT, STORE, packaged
 from torchserve_explain.photo import photo_path
 
 STARTUP_SECONDS = 300
+LOG = "torchserve.log"
 ADDRESSES = {  # what the server listens on, as TorchServe's own environment variables name it
     "TS_INFERENCE_ADDRESS": "http://127.0.0.1:8080",
     "TS_MANAGEMENT_ADDRESS": "http://127.0.0.1:8081",
@@ -60,12 +61,12 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
 
     `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError.
     """
-    settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(ROOT / "deploy" / "metrics.yaml")} | dict(environment)
+    settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(packaged("deploy") / "metrics.yaml")} | dict(environment)
     _check_loopback(settings)
     _check_ports(settings)
     run.mkdir(parents=True, exist_ok=True)
     (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
-    log = run / "torchserve.log"
+    log = run / LOG
     with tempfile.TemporaryDirectory(dir=run, prefix="tmp", ignore_cleanup_errors=True) as temporary:
         environment = _environment(settings, run, temporary)
         with log.open("wb") as output:
@@ -104,7 +105,7 @@ def _sockets(count: int) -> Iterator[list[int]]:
 
 def _command(names: Sequence[str], store: Path) -> list[str]:
     start = "import sys; from ts.model_server import start; sys.argv[0] = 'torchserve'; start()"
-    options = ["--model-store", str(store), "--ts-config", str(ROOT / "config.properties"), "--models"]
+    options = ["--model-store", str(store), "--ts-config", str(packaged("config.properties")), "--models"]
     return [
         sys.executable,
         "-c",
@@ -220,17 +221,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def ensure_archive(name: str, store: Path) -> None:
-    """Build the archive if it is missing, or older than its sources; raises ArchiveError."""
-    has_sources = (ROOT / "classifiers" / name).exists()
-    if has_sources and is_stale(name, store):
-        print(f"building {store / name}.mar", flush=True)
-        build_archive(name, parser().parse_args([name, "--store", str(store)]))
-    elif not has_sources and not (store / f"{name}.mar").exists():
-        known = sorted({*(p.name for p in (ROOT / "classifiers").iterdir()), *(p.stem for p in store.glob("*.mar"))})
-        raise ArchiveError(f"{name} is neither in classifiers/ nor in {store.name}/; there are {', '.join(known)}")
-
-
 def announcement(server: Server) -> str:
     """Say where the server is, and three requests that work as they stand; explanations are asked of the last name."""
     name, explaining, photo, inference = server.names[0], server.names[-1], photo_path(), server.inference
@@ -252,31 +242,29 @@ Logs are in {server.run}. Ctrl-C stops it, and so does 'kill {os.getpid()}'.
 """
 
 
-def main() -> int:
-    """Serve until Ctrl-C."""
-    command = argparse.ArgumentParser(prog="make serve", description=__doc__)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what is served to a command line."""
     command.add_argument(
         "names", nargs="*", default=["imagenet"], help="folders of classifiers/, or archives of model_store/; or NAME=ONE"
     )
-    names = command.parse_args().names
+
+
+def main(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C."""
     environment = {key: value for key, value in os.environ.items() if key.startswith("TS_")}
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # every way to stop it is as clean as Ctrl-C
         signal.signal(stop, signal.default_int_handler)
     try:
-        for name in names:
-            ensure_archive(registered(name)[1], ROOT / "model_store")
+        for name in options.names:
+            ensure_archive(registered(name)[1])
         port = urlsplit(environment.get("TS_INFERENCE_ADDRESS", ADDRESSES["TS_INFERENCE_ADDRESS"])).port
-        with serving(names, ROOT / "model_store", environment, ROOT / "run" / str(port)) as server:
+        with serving(options.names, STORE, environment, ROOT / "run" / str(port)) as server:
             print(announcement(server), flush=True)
             server.process.wait()
-            raise ServerError(f"TorchServe ended; see {server.run / 'torchserve.log'}")
-    except (ServerError, ArchiveError) as reason:
+            raise ServerError(f"TorchServe ended; see {server.run / LOG}")
+    except ExplainError as reason:
         print(f"serve: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", flush=True)
         return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -98,10 +98,13 @@ class Settings(BaseModel):
     preprocessing: Preprocessing = Preprocessing()
     explanations: Explanations = Explanations()
     responseTimeout: PositiveInt = 120  # noqa: N815 (TorchServe's name and default)
+    continuousBatching: bool = False  # noqa: N815 (absent: whole batches are answered)
     minWorkers: PositiveInt = 1  # noqa: N815
     maxWorkers: PositiveInt = 1  # noqa: N815
     batchSize: PositiveInt = 1  # noqa: N815
-    continuousBatching: bool = False  # noqa: N815
+    useJobTicket: bool = False  # noqa: N815
+    asyncCommunication: bool = False  # noqa: N815
+    sequenceBatching: bool = False  # noqa: N815
 
     @property
     def explanation_places(self) -> int | None:
@@ -112,6 +115,21 @@ class Settings(BaseModel):
     def _deadline_before_timeout(self) -> "Settings":
         if self.explanations.limits.seconds > 0.9 * self.responseTimeout:
             raise ValueError("explanations.limits.seconds must be at most 0.9 of responseTimeout, which kills the worker")
+        return self
+
+    @model_validator(mode="after")
+    def _continuous_alone(self) -> "Settings":
+        """In TorchServe an idle worker keeps the lock that a busy one needs after each step of a continuous batch."""
+        if not self.continuousBatching:
+            return self
+        if (workers := max(self.minWorkers, self.maxWorkers)) > 1:
+            raise ValueError(
+                f"{workers} workers hang with continuousBatching: an idle one keeps what a busy one waits for; allowed: "
+                "minWorkers and maxWorkers 1, continuousBatching: false, or the archive served under a second name"
+            )
+        for key in ("useJobTicket", "asyncCommunication", "sequenceBatching"):
+            if getattr(self, key):
+                raise ValueError(f"{key} breaks continuousBatching; allowed: one of them alone")
         return self
 
 

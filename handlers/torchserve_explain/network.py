@@ -1,53 +1,21 @@
-"""An archive's folder becomes a classifier: architecture, weights, labels."""
+"""Networks built by the name of their architecture with weights loaded, and class names read."""
 
 import importlib.util
 import inspect
 import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 from torchvision.models import get_model, list_models
 
-from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.errors import ArchiveError
-from torchserve_explain.serving.settings import Settings
 
-log = logging.getLogger(__name__)
-WEIGHTS, LABELS, MODEL = "weights.safetensors", "index_to_name.json", "model.py"
+MODEL = "model.py"
 TIMM = "timm/"  # what an architecture of that library is called by
-
-
-def load_classifier(folder: Path, settings: Settings, device: torch.device | str = "cpu") -> tuple[Classifier, list[str]]:
-    """Load an unpacked archive; return its classifier and its labels (none: no names).
-
-    Raises ArchiveError where architecture, weights and labels do not fit each other.
-    """
-    network = build_network(settings.classifier.architecture, folder, load_file(folder / WEIGHTS))
-    preprocessing = settings.preprocessing
-    narrow = torch.bfloat16 if settings.explanations.arithmetic == "bfloat16" and _has_bfloat16(device) else None
-    try:
-        classifier = Classifier(network, preprocessing.normalization, preprocessing.size, device, narrow)
-    except RuntimeError as error:
-        raise ArchiveError(f"the model cannot take a {preprocessing.size[0]}x{preprocessing.size[1]} image: {error}") from None
-    labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
-    if labels and len(labels) != classifier.classes:
-        raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
-    return classifier, labels
-
-
-def _has_bfloat16(device: torch.device | str) -> bool:
-    """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
-    cuda = torch.device(device).type == "cuda"
-    has = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not has:
-        log.warning("explanations.arithmetic stays float32: this processor has no bfloat16")
-    return bool(has)
 
 
 def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
@@ -58,6 +26,7 @@ def build_network(architecture: str, folder: Path, state: Mapping[str, Tensor]) 
     if classes is not None:
         network = build({"num_classes": classes})
     missing, unknown, shapes = _misfits(network.state_dict(), state)
+    missing = [key for key in missing if key not in _counters(network)]
     for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
         if keys:
             raise ArchiveError(
@@ -143,6 +112,12 @@ def _classes_of(built: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int
         if built[key].shape != state[key].shape and built[key].dim() and state[key].dim()
     }
     return next(iter(other))[1] if len(other) == 1 else None
+
+
+def _counters(network: nn.Module) -> set[str]:
+    """Return the batch norms' counters of batches: weights saved before torch 0.4.1 have none, and torch needs none."""
+    norms = (name for name, module in network.named_modules() if isinstance(module, _BatchNorm))
+    return {f"{name}.num_batches_tracked".removeprefix(".") for name in norms}
 
 
 def _misfits(built: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:

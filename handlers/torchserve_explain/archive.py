@@ -1,0 +1,127 @@
+"""An archive as the handler, the gallery, the study and the benchmarks load it: its classifier, ready on a device."""
+
+import hashlib
+import json
+import logging
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from torchserve_explain import __version__
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.errors import ArchiveError
+from torchserve_explain.network import build_network, read_labels
+from torchserve_explain.serving.settings import Settings, read_settings
+
+log = logging.getLogger(__name__)
+CONFIG, WEIGHTS, LABELS, ABOUT = "model-config.yaml", "weights.safetensors", "index_to_name.json", "archive.json"
+MANIFEST = "MAR-INF"  # the folder of TorchServe's manifest, which holds the time of its making
+FORMAT = 1  # of what an archive holds; an archive without a number has this one, too
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A classifier on its device, its labels (indices where it has none), its settings; `digest` tells contents apart."""
+
+    classifier: Classifier
+    labels: list[str]
+    settings: Settings
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1) -> "Archive":
+        """Load a .mar, or the folder of an unpacked one, for inputs `scale` times as high and wide as served.
+
+        Raises ArchiveError where it cannot be read, or its parts do not fit each other.
+        """
+        with _unpacked(path) as folder:
+            _check_format(path, folder)
+            settings = read_settings(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {})
+            height, width = (scale * side for side in settings.preprocessing.size)
+            classifier = load_classifier(folder, settings, device, (height, width))
+            labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
+            if labels and len(labels) != classifier.classes:
+                raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
+            return cls(classifier, labels or [str(index) for index in range(classifier.classes)], settings, digest_of(folder))
+
+    def classes(self, label: str | None) -> list[int]:
+        """Return the classes that are called so: several may share a label."""
+        return [index for index, name in enumerate(self.labels) if name == label]
+
+
+def load_classifier(folder: Path, settings: Settings, device: torch.device | str, size: tuple[int, int]) -> Classifier:
+    """Build the network of an unpacked archive for inputs of height and width `size`; raises ArchiveError."""
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ArchiveError(f"{WEIGHTS} cannot be read: {error}") from None
+    network = build_network(settings.classifier.architecture, folder, state)
+    low = torch.bfloat16 if settings.explanations.arithmetic == "bfloat16" and _has_bfloat16(device) else None
+    try:
+        return Classifier(network, settings.preprocessing.normalization, size, device, low)
+    except ValueError as error:
+        raise ArchiveError(str(error)) from None
+    except RuntimeError as error:
+        raise ArchiveError(f"the model cannot take a {size[0]}x{size[1]} image: {error}") from None
+
+
+def digest_of(folder: Path) -> str:
+    """Return what tells the contents of unpacked archives apart, whenever they were built."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    relative = ((path, path.relative_to(folder)) for path in files)
+    members = [
+        (name.as_posix(), zlib.crc32(path.read_bytes()))
+        for path, name in relative
+        if name.parts[0] != MANIFEST and "__pycache__" not in name.parts
+    ]
+    return hashlib.sha256(repr(members).encode()).hexdigest()
+
+
+def about() -> str:
+    """Return what an archive says of itself: its format, and what made it."""
+    return json.dumps({"format": FORMAT, "made_by": f"torchserve-explain {__version__}"})
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(folder)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ArchiveError(f"{path} is no archive: {error}") from None
+        yield Path(folder)
+
+
+def _check_format(path: Path, folder: Path) -> None:
+    """Refuse what is no archive of this project, or one of another format."""
+    if not (folder / CONFIG).exists():
+        raise ArchiveError(f"{path} holds no {CONFIG}; build it anew with torchserve-explain archive")
+    told = folder / ABOUT
+    found = json.loads(told.read_text(encoding="utf-8")).get("format") if told.exists() else FORMAT
+    if found != FORMAT:
+        raise ArchiveError(
+            f"{path} has the format {found}, and torchserve-explain {__version__} reads {FORMAT}; "
+            "build it anew with torchserve-explain archive"
+        )
+
+
+def _has_bfloat16(device: torch.device | str) -> bool:
+    """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
+    cuda = torch.device(device).type == "cuda"
+    has = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not has:
+        log.warning("explanations.arithmetic stays float32: this processor has no bfloat16")
+    return bool(has)
