@@ -182,8 +182,8 @@ class Classifier:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
         layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
         found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
-        heard = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
-        return heard or layers  # a head of zeros, before any training, listens to none
+        reached = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
+        return reached or layers  # a head of zeros, before any training, has no gradient to any
 
     @staticmethod
     def _noise(normalization: Normalization, size: Sequence[int]) -> Tensor:

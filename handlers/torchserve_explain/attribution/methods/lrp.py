@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation: the score handed back layer by layer, each share by a layer's own rule."""
+"""Layer-wise relevance propagation: the score is propagated back layer by layer, by a rule for each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Part:
-    """Terms that share what reaches them in proportion: `weight` of it, and only where `where` says of the output."""
+    """Terms that share the relevance of the output in proportion: `weight` of it, and only where `where` of the output is one."""
 
     terms: tuple[_Term, ...]
     weight: float = 1.0
@@ -98,7 +98,7 @@ def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
 
 @dataclass(frozen=True)
 class RelevanceRules:
-    """Every operation passes back shares of what reaches it; the score's own gradient starts as one.
+    """Every operation distributes the relevance of its output to its inputs; the score's own starts as one.
 
     Convolutions and linear layers by the composite's rules; sums, poolings and means in proportion; activations and
     affine norms unchanged; the largest value takes all of a max pooling, the signal all of a product with a smaller
@@ -216,7 +216,7 @@ class LayerwiseRelevance(Method):
     """The target's logit handed back to the pixels, each layer sharing what reaches it among its inputs by a rule.
 
     map = relevance, signed; layers without bias pass all of it on. arXiv:1509.06321, section 2.3; `composite` says
-    which rule each layer has. Nothing is measured of the shares that biases keep.
+    which rule each layer has. The shares that biases keep are not measured.
     """
 
     name: ClassVar[str] = "lrp"

@@ -13,13 +13,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error
-from torchserve_explain.attribution.methods.method import (
-    Attribution,
-    Case,
-    Draw,
-    Method,
-    pixels_of,
-)
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, pixels_of
 
 SEGMENTS = 50  # about; SLIC decides
 KERNEL_WIDTH = 0.25  # of LIME's kernel, in cosine distance
