@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gate, machine, tables
-from bench.contest import Result, agreement, compete
+from bench.contest import ContestResult, agreement, compete
 from bench.floor import FORWARD_ROWS
 from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, SMOOTHED, WITHIN, WORKS
 from bench.subjects import DEEP, LITE0, NETWORKS, subject
@@ -42,7 +42,7 @@ def title(network: str, batch: int, work: str) -> str:
     return f"{network} x {batch}: {work}"
 
 
-def record(network: str, batch: int, work: str, results: list[Result]) -> list[dict[str, Any]]:
+def record(network: str, batch: int, work: str, results: list[ContestResult]) -> list[dict[str, Any]]:
     """Return a contest as lines of plain values, a line each contestant."""
     ours = results[0]
     assert ours.ready is not None
@@ -59,7 +59,7 @@ def record(network: str, batch: int, work: str, results: list[Result]) -> list[d
     ]
 
 
-def _told(result: Result, ours: Result) -> dict[str, Any]:
+def _told(result: ContestResult, ours: ContestResult) -> dict[str, Any]:
     assert result.ready is not None and ours.ready is not None
     return {
         "seconds": result.median,

@@ -66,7 +66,7 @@ class Ready:
 
 
 @dataclass
-class Result:
+class ContestResult:
     """A contestant's seconds, or why it has none."""
 
     contestant: str
@@ -82,16 +82,16 @@ class Result:
 
 def compete(
     given: Given, work: str, threads: int, repeats: int, budget: float, names: Collection[str] | None = None
-) -> list[Result]:
+) -> list[ContestResult]:
     """Run a work's contestants in turns, all or those of `names`.
 
     Turns end after `repeats` rounds, or as many as `budget` seconds allow, two at least.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    every = [(place, Result(contestant.name)) for place, contestant in enumerate(contestants(work))]
+    every = [(place, ContestResult(contestant.name)) for place, contestant in enumerate(contestants(work))]
     chosen = [(place, result) for place, result in every if names is None or result.contestant in names]
-    pipes: list[tuple[Result, Any]] = []
+    pipes: list[tuple[ContestResult, Any]] = []
     for place, result in chosen:
         mine, theirs = context.Pipe()
         context.Process(target=_contestant, args=(theirs, given, work, place, threads), daemon=True).start()
@@ -114,7 +114,7 @@ def compete(
     return [result for _, result in chosen]
 
 
-def _take_turn(result: Result, pipe: Any) -> None:
+def _take_turn(result: ContestResult, pipe: Any) -> None:
     """Let a contestant run once more; one whose process has ended takes part no longer."""
     try:
         pipe.send("run")

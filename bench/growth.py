@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench import machine, tables
-from bench.contest import Result, compete
+from bench.contest import ContestResult, compete
 from bench.ours import PATH, PATHS
 from bench.subjects import subject
 from torchserve_explain.paths import ROOT
@@ -33,7 +33,7 @@ def contest(growing: str, value: int) -> tuple[partial[Any], str]:
     return partial(subject, NETWORK, batch, **other), PATH
 
 
-def lines(growing: str, value: int, results: list[Result]) -> Iterator[dict[str, Any]]:
+def lines(growing: str, value: int, results: list[ContestResult]) -> Iterator[dict[str, Any]]:
     """Yield what each contestant took, or that it could not."""
     for result in results:
         told = {"seconds": result.median, "memory_mb": result.ready.memory} if result.ready else {"refusal": result.refusal}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from study.measure import PACK, Photo, Settings, make_grids, measure_grid, measure_photo, read_photo
+from study.measure import PACK, Photo, StudySettings, make_grids, measure_grid, measure_photo, read_photo
 from study.tables import markdown, montage, write_csv
 from study.techniques import Technique, techniques
 from torchserve_explain.archiver import load_archive
@@ -36,10 +36,10 @@ def pictures(folder: Path | None, preprocessing: Preprocessing) -> Iterator[tupl
         yield path.stem, read_picture(path.read_bytes(), preprocessing, 10**8)
 
 
-class Records:
+class StudyRecords:
     """What has been measured so far, line by line in a file, so that a study that was stopped goes on where it was."""
 
-    def __init__(self, path: Path, name: str, photos: list[Photo], settings: Settings) -> None:
+    def __init__(self, path: Path, name: str, photos: list[Photo], settings: StudySettings) -> None:
         self._path = path
         told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": asdict(settings)}
         lines = read_records(path)
@@ -59,7 +59,7 @@ class Records:
         add_record(self._path, record)
 
 
-def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: Settings, records: Records) -> None:
+def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: StudySettings, records: StudyRecords) -> None:
     """Measure what has not been measured."""
     chosen = list(techniques(engine.classifier))
     every = max(1, len(photos) // max(1, settings.disturbed))
@@ -105,7 +105,7 @@ def main() -> int:
     command.add_argument("--out", type=Path, default=ROOT / "run" / "study", help="where the results go (default: run/study)")
     command.add_argument("--disturbed", type=int, help="how many photos max sensitivity is measured on")
     options = command.parse_args()
-    settings = Settings() if options.disturbed is None else replace(Settings(), disturbed=options.disturbed)
+    settings = StudySettings() if options.disturbed is None else replace(StudySettings(), disturbed=options.disturbed)
     try:
         archive = load_archive(options.name)
     except ArchiveError as reason:
@@ -121,7 +121,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(engine, read_picture(options.montage.read_bytes(), preprocessing, 10**8), options.out / "montage.png")
     photos = [read_photo(name, picture.input, engine) for name, picture in pictures(options.photos, preprocessing)]
-    records = Records(options.out / "records.jsonl", options.name, photos, settings)
+    records = StudyRecords(options.out / "records.jsonl", options.name, photos, settings)
     run(photos, engine, large, settings, records)
     table = markdown(records.all)
     (options.out / "table.md").write_text(table)

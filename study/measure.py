@@ -19,7 +19,7 @@ PACK = 16
 
 
 @dataclass(frozen=True)
-class Settings:
+class StudySettings:
     """What the study measures with."""
 
     infidelity: Infidelity = field(default_factory=lambda: Infidelity(samples=25))
@@ -49,7 +49,9 @@ def read_photo(name: str, image: Tensor, engine: Engine) -> Photo:
     return Photo(name, image, target, float(logits[target]), float(logits.softmax(0)[target]))
 
 
-def measure_photo(engine: Engine, technique: Technique, photo: Photo, settings: Settings, disturbed: bool) -> dict[str, Any]:
+def measure_photo(
+    engine: Engine, technique: Technique, photo: Photo, settings: StudySettings, disturbed: bool
+) -> dict[str, Any]:
     """Explain a photo's predicted class with a technique; return rows, milliseconds and qualities."""
     case = Case(engine.classifier, photo.input, photo.target, known_score=photo.score)
     job = Job(technique.method, case, technique.smoothing)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import gate, growth, tables
-from bench.contest import Ready, Result, _take_turn, agreement, compete, contestants
+from bench.contest import ContestResult, Ready, _take_turn, agreement, compete, contestants
 from bench.ours import PATH, PATHS, SENSITIVITIES, WORKS, Outcome
 from bench.server import quantile
 from bench.subjects import subject
@@ -62,7 +62,7 @@ def test_contestants_run_in_turns_agree_and_say_why_they_cannot():
 def test_a_contestant_whose_process_ends_is_told_and_the_others_go_on():
     mine, theirs = multiprocessing.Pipe()
     theirs.send(1.5)
-    result = Result("captum", Ready(memory=3.0, chunk=None, outcome=Outcome(None)))
+    result = ContestResult("captum", Ready(memory=3.0, chunk=None, outcome=Outcome(None)))
     _take_turn(result, mine)
     assert result.seconds == [1.5] and result.refusal is None
     theirs.close()
@@ -98,6 +98,6 @@ def test_growth_changes_one_thing_at_a_time_and_its_table_has_a_line_for_each_va
     given, _ = growth.contest("images", 4)
     assert len(given().images) == len(given().targets) == 4
     ready = Ready(memory=3.0, chunk=None, outcome=Outcome(None))
-    results = [Result("ours", ready, seconds=[2.0]), Result("captum", refusal="out of memory")]
+    results = [ContestResult("ours", ready, seconds=[2.0]), ContestResult("captum", refusal="out of memory")]
     text = tables.growth({"threads": "1"}, "resnet18", list(growth.lines("images", 4, results)))
     assert text.splitlines()[-1] == "| 4 images | 2 / 3 | out of memory |"

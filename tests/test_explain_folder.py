@@ -15,7 +15,7 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.cli import main
 from torchserve_explain.gallery import explain, question
-from torchserve_explain.gallery.pages import Group, Shot, group, mean_map
+from torchserve_explain.gallery.pages import ClassGroup, Shot, group, mean_map
 from torchserve_explain.gallery.question import find_samples
 from torchserve_explain.records import read_records
 from torchserve_explain.serving.images import read_picture
@@ -214,7 +214,7 @@ def test_wrong_and_correct_are_apart_surest_first_and_the_worst_class_leads():
     assert [shot.facts["path"] for shot in worst.parts["wrong"]] == ["c", "d", "b"]
     assert [shot.facts["path"] for shot in worst.parts["correct"]] == ["a"]
     assert worst.mistaken == [("y", 2), ("z", 1)]
-    assert best == Group("y", 1, {"wrong": [], "correct": [Shot(record := facts(*told[4]), {"m": record})]})
+    assert best == ClassGroup("y", 1, {"wrong": [], "correct": [Shot(record := facts(*told[4]), {"m": record})]})
 
 
 def test_the_pages_tell_what_the_records_do(out, labelled):

@@ -9,8 +9,8 @@ import torch
 from conftest import NORMALIZATION
 from PIL import Image
 
-from study.__main__ import Records, run
-from study.measure import PACK, Settings, make_grids, read_photo, share_in_cell
+from study.__main__ import StudyRecords, run
+from study.measure import PACK, StudySettings, make_grids, read_photo, share_in_cell
 from study.tables import COLUMNS, markdown, medians, montage, write_csv
 from study.techniques import EIGHT, techniques
 from torchserve_explain.attribution.classifier import Classifier
@@ -32,7 +32,7 @@ def photos(engines):
 
 
 def small_settings():
-    return Settings(disturbed=1, grids=1)
+    return StudySettings(disturbed=1, grids=1)
 
 
 def test_a_study_measures_everything_once_and_goes_on_where_it_was(engines, photos, tmp_path, monkeypatch):
@@ -40,18 +40,18 @@ def test_a_study_measures_everything_once_and_goes_on_where_it_was(engines, phot
     chosen = [technique.name for technique in techniques(engines[0].classifier)]
     assert chosen[:8] == [technique.name for technique in EIGHT]
     monkeypatch.setattr("study.__main__.techniques", lambda classifier: list(techniques(classifier))[:8:3])
-    records = Records(path, "small", photos[:2], settings)
+    records = StudyRecords(path, "small", photos[:2], settings)
     run(photos[:2], engines[0], None, settings, records)
     assert [(r["photo"], r["technique"]) for r in records.all] == [(p.name, n) for p in photos[:2] for n in chosen[:8:3]]
     for record in records.all:
         measured = {key for key in record if isinstance(record[key], float) and isfinite(record[key])}
         assert {"milliseconds", "infidelity", "deletion", "insertion"} <= measured
         assert ("max_sensitivity" in record) == (record["photo"] == "photo 0")
-    again = Records(path, "small", photos[:2], settings)
+    again = StudyRecords(path, "small", photos[:2], settings)
     assert again.all == json.loads(json.dumps(records.all))
     monkeypatch.setattr("study.__main__.measure_photo", lambda *_: pytest.fail("measured twice"))
     run(photos[:2], engines[0], None, settings, again)
-    assert Records(path, "other", photos[:2], settings).all == []
+    assert StudyRecords(path, "other", photos[:2], settings).all == []
 
 
 def test_the_grid_game_is_played_with_the_surest_photos_of_different_classes(engines, photos, tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_the_grid_game_is_played_with_the_surest_photos_of_different_classes(eng
     surest = max(fours, key=lambda photo: photo.probability)
     assert target == surest.target and torch.equal(image[:, :SIDE, :SIDE], surest.input)
     monkeypatch.setattr("study.__main__.techniques", lambda classifier: list(techniques(classifier))[9:12])
-    records, settings = Records(tmp_path / "r.jsonl", "small", fours, small_settings()), small_settings()
+    records, settings = StudyRecords(tmp_path / "r.jsonl", "small", fours, small_settings()), small_settings()
     run(fours, *engines, settings, records)
     shares = [record["localisation"] for record in records.all if record["photo"] == "grid 0"]
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)

@@ -182,8 +182,8 @@ class Classifier:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
         layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
         found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
-        heard = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
-        return heard or layers  # a head of zeros, before any training, listens to none
+        reached = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
+        return reached or layers  # a head of zeros, before any training, has no gradient to any
 
     @staticmethod
     def _noise(normalization: Normalization, size: Sequence[int]) -> Tensor:
@@ -265,12 +265,12 @@ def _select(logits: Tensor, targets: Sequence[int | None], scores: Sequence[Scor
 def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
     """Return the gradient of the summed scores to each tensor; None where the scores do not depend on it."""
     found: list[Tensor | None] = [None] * len(wanted)
-    places = [place for place, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
-    if selected.requires_grad and places:
-        asked = [wanted[place] for place in places]
-        gradients = torch.autograd.grad(selected, asked, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
-        for place, gradient in zip(places, gradients, strict=True):
-            found[place] = gradient
+    positions = [position for position, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
+    if selected.requires_grad and positions:
+        reached = [wanted[position] for position in positions]
+        gradients = torch.autograd.grad(selected, reached, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
+        for position, gradient in zip(positions, gradients, strict=True):
+            found[position] = gradient
     return found
 
 

@@ -31,7 +31,7 @@ LINEAR_NODES = {
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """A call of a function by its plain `name`; `inputs` are its tensors that depend on the image, as they were before it."""
 
     name: str
@@ -50,7 +50,7 @@ class Call:
         return [value for value in self.args[:2] if isinstance(value, Tensor) and value.requires_grad]
 
     def run(self, first: Tensor) -> Tensor:
-        """Call the function with another first argument, which is left as it is."""
+        """FunctionCall the function with another first argument, which is left as it is."""
         output: Tensor = self.function(first.clone() if self.in_place else first, *self.args[1:], **self.kwargs)
         return output
 
@@ -60,11 +60,11 @@ class Call:
             return self.run(self.args[0])
 
     def plain(self) -> Any:
-        """Call the function as the model does."""
+        """FunctionCall the function as the model does."""
         return self.function(*self.args, **self.kwargs)
 
 
-Replacements = Mapping[str, Callable[[Call], Any]]
+Replacements = Mapping[str, Callable[[FunctionCall], Any]]
 
 
 class _Replacing(TorchFunctionMode):
@@ -76,7 +76,7 @@ class _Replacing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").rstrip("_")
-        call = Call(ALIASES.get(name, name), func, args, kwargs or {})
+        call = FunctionCall(ALIASES.get(name, name), func, args, kwargs or {})
         replacement = self._replacements.get(call.name)
         if replacement is not None and any(isinstance(v, Tensor) and v.requires_grad for v in call.kwargs.values()):
             raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")

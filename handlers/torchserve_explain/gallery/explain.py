@@ -16,8 +16,8 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
-from torchserve_explain.gallery.pages import FAILED, Told, map_path, overlay_path, seen_path, write_gallery
-from torchserve_explain.gallery.question import LABEL, PREDICTED, Question, Sample, ask, digest_of, find_samples
+from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.question import LABEL, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
@@ -55,7 +55,7 @@ class Records:
 class Due:
     """A picture, and the names of the maps that are not there yet."""
 
-    sample: Sample
+    sample: GallerySample
     digest: str
     picture: Picture
     names: Sequence[str]
@@ -84,7 +84,7 @@ class Run:
         self._digests: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
 
-    def explain(self, samples: Sequence[Sample], batch: int) -> None:
+    def explain(self, samples: Sequence[GallerySample], batch: int) -> None:
         """Make the maps that are not there yet, `batch` pictures at a time; raises AttributionError, such as OutOfMemory."""
         with progress() as shown:
             bar = shown.add_task("explaining", total=len(samples))
@@ -93,13 +93,13 @@ class Run:
                 self._explain(some)
                 shown.advance(bar, len(some))
 
-    def found(self, samples: Sequence[Sample]) -> list[Record]:
+    def found(self, samples: Sequence[GallerySample]) -> list[Record]:
         """Return the records of pictures as they now are, in order."""
         keys = ((sample.path, name) for sample in samples for name in self._question.methods)
         records = (self._records.find(path, self._digests.get(path), name) for path, name in keys)
         return [record for record in records if record is not None]
 
-    def _due(self, samples: Sequence[Sample], pass_by: Callable[[], None]) -> Iterator[Due]:
+    def _due(self, samples: Sequence[GallerySample], pass_by: Callable[[], None]) -> Iterator[Due]:
         for sample in samples:
             due = self._read(sample)
             if due is None:
@@ -107,7 +107,7 @@ class Run:
             else:
                 yield due
 
-    def _read(self, sample: Sample) -> Due | None:
+    def _read(self, sample: GallerySample) -> Due | None:
         """Read a picture that lacks maps; None for one that is done or cannot be read."""
         if readable(sample.path) != sample.path:
             self.skipped[readable(sample.path)] = "its name is no UTF-8"
@@ -219,8 +219,8 @@ def main(options: argparse.Namespace) -> int:
         return 130
     for path, why in run.skipped.items():
         print(f"skipped {path}: {why}")
-    told = Told(options.name, archive.labels, options.data.resolve().name, options.target, run.skipped)
-    print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), told)}")
+    overview = Overview(options.name, archive.labels, options.data.resolve().name, options.target, run.skipped)
+    print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview)}")
     return 0
 
 

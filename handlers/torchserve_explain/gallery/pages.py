@@ -36,7 +36,7 @@ def seen_path(out: Path, record: Record) -> Path:
 
 
 @dataclass(frozen=True)
-class Told:
+class Overview:
     """What the pages tell beside the records: the classifier, its labels, the folder, what is explained, what is skipped."""
 
     classifier: str
@@ -55,7 +55,7 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Group:
+class ClassGroup:
     """The pictures of a class, in parts, each surest first; `number` is the class's first index, which names its page."""
 
     label: str
@@ -83,16 +83,16 @@ class Group:
         return Counter(shot.facts["predicted"] for shot in self.parts.get("wrong", ())).most_common()
 
 
-def group(records: Iterable[Record], labels: Sequence[str]) -> list[Group]:
+def group(records: Iterable[Record], labels: Sequence[str]) -> list[ClassGroup]:
     """Return the classes, by label and worst accuracy first, or without labels by prediction, the most frequent first."""
     shots: dict[str, Shot] = {}
     for record in records:
         shots.setdefault(record["path"], Shot(record)).records[record["map"]] = record
-    groups: dict[str, Group] = {}
+    groups: dict[str, ClassGroup] = {}
     for shot in sorted(shots.values(), key=lambda shot: (-shot.facts["probability"], shot.facts["path"])):
         label, correct = shot.facts["label"] or shot.facts["predicted"], shot.facts["correct"]
         parts: dict[str, list[Shot]] = {"predicted": []} if correct is None else {"wrong": [], "correct": []}
-        found = groups.setdefault(label, Group(label, labels.index(label), parts))
+        found = groups.setdefault(label, ClassGroup(label, labels.index(label), parts))
         found.parts["predicted" if correct is None else "correct" if correct else "wrong"].append(shot)
     return sorted(groups.values(), key=lambda one: (one.accuracy or 0, -one.count, one.number))
 
@@ -109,19 +109,19 @@ def mean_map(maps: Iterable[Map]) -> Map | None:
     return (total / count).astype(np.float32) if count else None
 
 
-def write_gallery(out: Path, records: Sequence[Record], told: Told) -> Path:
+def write_gallery(out: Path, records: Sequence[Record], overview: Overview) -> Path:
     """Write pages and mean maps of records whose maps and pictures lie in `out`; return the overview's path."""
     for folder in (MEANS, CLASSES):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir()
-    groups = group(records, told.labels)
+    groups = group(records, overview.labels)
     means = {one.number: _write_means(out, one) for one in groups}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters |= {"meaning": lambda method: first_sentence(METHODS[method])}
     environment.undefined = jinja2.StrictUndefined
     parts = tuple(groups[0].parts) if groups else ()
     shown = {"maps": _maps(records), "parts": parts, "labelled": "correct" in parts, "pictures": PICTURES}
-    common: dict[str, Any] = {"told": told, "groups": groups, "means": means, **shown}
+    common: dict[str, Any] = {"overview": overview, "groups": groups, "means": means, **shown}
     template = environment.get_template("gallery.html")
     for place, one in enumerate(groups):
         beside = {"before": groups[place - 1] if place else None, "after": dict(enumerate(groups)).get(place + 1)}
@@ -136,7 +136,7 @@ def _maps(records: Iterable[Record]) -> dict[str, Record]:
     return {record["map"]: record for record in records if record[FAILED] is None}
 
 
-def _write_means(out: Path, one: Group) -> dict[tuple[str, str], str]:
+def _write_means(out: Path, one: ClassGroup) -> dict[tuple[str, str], str]:
     """Write a class's mean maps and their pictures; return the pictures' names by part and map."""
     written: dict[tuple[str, str], str] = {}
     for part, shots in one.parts.items():

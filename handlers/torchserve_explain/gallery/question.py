@@ -24,14 +24,14 @@ NAMED = 20  # labels that an error names, the nearest ones
 
 
 @dataclass(frozen=True)
-class Sample:
+class GallerySample:
     """A picture by its path in the folder, and its label where subfolders tell one."""
 
     path: str
     label: str | None
 
 
-def find_samples(folder: Path, labels: Sequence[str]) -> list[Sample]:
+def find_samples(folder: Path, labels: Sequence[str]) -> list[GallerySample]:
     """Return a folder's pictures in order: those of a subfolder for each label, or unlabelled ones; raises ArchiveError."""
     if not folder.is_dir():
         raise ArchiveError(f"{folder} is no folder")
@@ -45,7 +45,9 @@ def find_samples(folder: Path, labels: Sequence[str]) -> list[Sample]:
             more = f" and {len(set(labels)) - NAMED} more" if len(set(labels)) > NAMED else ""
             raise ArchiveError(f"subfolder {shown(name)} is no label of the classifier; allowed: {near}{more}")
     labelled = [(path, subfolder.name) for subfolder in subfolders for path in _pictures(folder, subfolder.rglob("*"))]
-    samples = [Sample(path.relative_to(folder).as_posix(), label) for path, label in (*labelled, *((p, None) for p in loose))]
+    samples = [
+        GallerySample(path.relative_to(folder).as_posix(), label) for path, label in (*labelled, *((p, None) for p in loose))
+    ]
     if not samples:
         raise ArchiveError(f"{folder} holds no picture; allowed: names that end in {', '.join(sorted(SUFFIXES))}")
     return samples

@@ -83,7 +83,7 @@ class Explanations(Section):
     limits: Limits = Limits()
 
 
-class Architecture(Section):
+class ClassifierSettings(Section):
     """The network: a torchvision name, or `model.py` of the archive."""
 
     architecture: str
@@ -94,7 +94,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    classifier: Architecture
+    classifier: ClassifierSettings
     preprocessing: Preprocessing = Preprocessing()
     explanations: Explanations = Explanations()
     responseTimeout: PositiveInt = 120  # noqa: N815 (TorchServe's name and default)

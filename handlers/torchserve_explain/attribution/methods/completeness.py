@@ -16,7 +16,7 @@ def completeness_error(total: float, score: float, baseline_score: float) -> flo
 
 
 def known_error(attribution: Tensor, case: Case, baseline_score: float) -> float | None:
-    """Return the completeness error; a noisy copy's own score is unknown, and its completeness nobody's concern."""
+    """Return the completeness error; None for a noisy copy, whose own score is not known."""
     if isnan(case.known_score):
         return None
     return completeness_error(float(attribution.sum()), case.known_score, baseline_score)

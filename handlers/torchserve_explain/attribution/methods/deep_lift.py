@@ -9,7 +9,14 @@ from torch.nn import functional
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
-from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
+from torchserve_explain.attribution.functions import (
+    ACTIVATION_NODES,
+    ACTIVATIONS,
+    LINEAR_NODES,
+    FunctionCall,
+    replacing,
+    surrogate,
+)
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import known_error
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
@@ -49,7 +56,7 @@ def _quotient(change: Tensor, step: Tensor, size: Tensor, otherwise: Tensor) -> 
     return torch.where(lost, otherwise, change / step.where(~lost, 1.0))
 
 
-def _activation(call: Call) -> Tensor:
+def _activation(call: FunctionCall) -> Tensor:
     """Rescale: the multiplier is the output's change over the input's."""
     before = call.inputs[0]
     with torch.enable_grad():
@@ -61,7 +68,7 @@ def _activation(call: Call) -> Tensor:
     return surrogate(output, before * torch.cat([multiplier, multiplier]))
 
 
-def _product(call: Call) -> Tensor:
+def _product(call: FunctionCall) -> Tensor:
     """Each factor's change counts with the other's mean over image and baseline; a constant factor is linear."""
     if len(call.inputs) < 2:
         return call.run(call.args[0])
@@ -70,7 +77,7 @@ def _product(call: Call) -> Tensor:
     return surrogate(call.value(), a * mean_b + mean_a * b)
 
 
-def _max_pool(call: Call) -> Tensor:
+def _max_pool(call: FunctionCall) -> Tensor:
     """What the maximum gains is attributed to the image's largest value, what it loses to the baseline's."""
     before = call.inputs[0]
     options = dict(call.kwargs) | {"return_indices": True}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
-from torchserve_explain.attribution.functions import Call, replacing
+from torchserve_explain.attribution.functions import FunctionCall, replacing
 from torchserve_explain.attribution.methods.cam import GradCam, enlarged
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, OwnRow
 
@@ -23,7 +23,7 @@ class GuidedRelus:
         return replacing(model, lambda: dict.fromkeys(RELUS, _guided), in_place=True)
 
 
-def _guided(call: Call) -> Tensor:
+def _guided(call: FunctionCall) -> Tensor:
     output: Tensor = call.plain()
     output.register_hook(lambda gradient: gradient.clamp(min=0))  # type: ignore[no-untyped-call]
     return output

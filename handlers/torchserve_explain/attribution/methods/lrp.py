@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation: the score handed back layer by layer, each share by a layer's own rule."""
+"""Layer-wise relevance propagation: the score is propagated back layer by layer, by a rule for each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
+from torchserve_explain.attribution.functions import (
+    ACTIVATION_NODES,
+    ACTIVATIONS,
+    LINEAR_NODES,
+    FunctionCall,
+    replacing,
+    surrogate,
+)
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 from torchserve_explain.errors import Unsupported
 
@@ -47,7 +54,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Part:
-    """Terms that share what reaches them in proportion: `weight` of it, and only where `where` says of the output."""
+    """Terms that share the relevance of the output in proportion: `weight` of it, and only where `where` of the output is one."""
 
     terms: tuple[_Term, ...]
     weight: float = 1.0
@@ -91,7 +98,7 @@ def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
 
 @dataclass(frozen=True)
 class RelevanceRules:
-    """Every operation passes back shares of what reaches it; the score's own gradient starts as one.
+    """Every operation distributes the relevance of its output to its inputs; the score's own starts as one.
 
     Convolutions and linear layers by the composite's rules; sums, poolings and means in proportion; activations and
     affine norms unchanged; the largest value takes all of a max pooling, the signal all of a product with a smaller
@@ -116,7 +123,7 @@ class RelevanceRules:
         shared |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(UNRULED, _refuse) | {"add": _sum, "mul": _product}
         return replacing(model, lambda: shared | dict.fromkeys(LAYERS, _Layers(self)))
 
-    def parts(self, call: Call, first: bool) -> tuple[_Part, ...]:
+    def parts(self, call: FunctionCall, first: bool) -> tuple[_Part, ...]:
         """Return the rule of a convolution or linear layer."""
         if call.name == "linear":
             return EPSILON
@@ -138,7 +145,7 @@ class _Layers:
         self._rules = rules
         self._first = True
 
-    def __call__(self, call: Call) -> Tensor:
+    def __call__(self, call: FunctionCall) -> Tensor:
         x = call.inputs[0]
         weight, bias, options = _parameters(call)
         parts = self._rules.parts(call, self._first)
@@ -161,7 +168,7 @@ class _Layers:
         return surrogate(output, linear)
 
 
-def _parameters(call: Call) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def _parameters(call: FunctionCall) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Return a layer's weight, bias and options, however they were given."""
     names = ("weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
@@ -172,17 +179,17 @@ def _stable(x: Tensor) -> Tensor:
     return x + torch.where(x < 0, -STABILIZER, STABILIZER)
 
 
-def _pass(call: Call) -> Tensor:
+def _pass(call: FunctionCall) -> Tensor:
     return surrogate(call.value(), call.inputs[0])
 
 
-def _in_proportion(call: Call) -> Tensor:
+def _in_proportion(call: FunctionCall) -> Tensor:
     """Each input of a linear function gets its own contribution's share."""
     x, output = call.inputs[0], call.value()
     return surrogate(output, call.run(x * _same(x.detach())) / _stable(output))
 
 
-def _sum(call: Call) -> Tensor:
+def _sum(call: FunctionCall) -> Tensor:
     """Each summand gets its share; beside a constant the one summand gets all."""
     if len(call.inputs) < 2:
         return _pass(call)
@@ -190,7 +197,7 @@ def _sum(call: Call) -> Tensor:
     return surrogate(total, (a * _same(a.detach()) + b * (total - a.detach())) / _stable(total))
 
 
-def _product(call: Call) -> Tensor:
+def _product(call: FunctionCall) -> Tensor:
     """The signal takes all: a gate is the smaller factor, which the larger is stretched by."""
     if len(call.inputs) < 2:
         return _pass(call)
@@ -200,7 +207,7 @@ def _product(call: Call) -> Tensor:
     return surrogate(product, a if a.shape == product.shape else b)
 
 
-def _refuse(call: Call) -> Tensor:
+def _refuse(call: FunctionCall) -> Tensor:
     raise Unsupported(f"LRP has no rule for {call.name}")
 
 
@@ -209,7 +216,7 @@ class LayerwiseRelevance(Method):
     """The target's logit handed back to the pixels, each layer sharing what reaches it among its inputs by a rule.
 
     map = relevance, signed; layers without bias pass all of it on. arXiv:1509.06321, section 2.3; `composite` says
-    which rule each layer has. Nothing is measured of the shares that biases keep.
+    which rule each layer has. The shares that biases keep are not measured.
     """
 
     name: ClassVar[str] = "lrp"

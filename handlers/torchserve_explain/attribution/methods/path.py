@@ -38,7 +38,7 @@ class IntegratedGradients(Method):
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
-        """With a given number of steps the cost is fixed."""
+        """Whether the number of rows is not fixed by `steps`."""
         return self.steps is None
 
     def evaluations(self, classifier: Classifier) -> int:

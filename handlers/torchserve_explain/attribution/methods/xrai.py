@@ -44,7 +44,7 @@ class Xrai(Method):
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
-        """As its path is."""
+        """Whether the path is."""
         return self.path.adaptive
 
     def evaluations(self, classifier: Classifier) -> int:
