@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,11 @@ from torchserve_explain.paths import ROOT, STORE, packaged
 from torchserve_explain.photo import photo_path
 
 STARTUP_SECONDS = 300
+DRAIN_SECONDS = 10
+IN_FLIGHT = "ExplainInFlight"  # the handler's gauge of the requests that it works on
 LOG = "torchserve.log"
+ERRORS = "torchserve_explain.errors."
+WORKER_LINE = re.compile(r"W-\d+-(?P<name>.+)_[^_]*-stdout MODEL_LOG - (?P<text>.*)")
 ADDRESSES = {  # what the server listens on, as TorchServe's own environment variables name it
     "TS_INFERENCE_ADDRESS": "http://127.0.0.1:8080",
     "TS_MANAGEMENT_ADDRESS": "http://127.0.0.1:8081",
@@ -59,14 +64,17 @@ class Server:
 def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
     """Serve archives with config.properties and the relaxations of a local try; stop when the context is left.
 
-    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError.
+    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError. TorchServe resets
+    its connections at once however it is stopped, so it is stopped only when no request is in flight, or after
+    DRAIN_SECONDS; requests that arrive meanwhile are taken.
     """
     settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(packaged("deploy") / "metrics.yaml")} | dict(environment)
     _check_loopback(settings)
     _check_ports(settings)
     run.mkdir(parents=True, exist_ok=True)
     (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
-    log = run / LOG
+    log, worker_log = run / LOG, run / "logs" / "model_log.log"
+    earlier = worker_log.stat().st_size if worker_log.exists() else 0  # what earlier runs wrote
     with tempfile.TemporaryDirectory(dir=run, prefix="tmp", ignore_cleanup_errors=True) as temporary:
         environment = _environment(settings, run, temporary)
         with log.open("wb") as output:
@@ -77,10 +85,13 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
         models = [registered(name)[0] for name in names]
         server = Server(models, run, process, inference, management, metrics, grpc)
         try:
-            _wait(server, log)
+            _wait(server, log, lambda: _load_failure(worker_log, earlier))
             yield server
         finally:
-            _stop(process)
+            try:
+                _drain(server)
+            finally:  # a second Ctrl-C does not wait
+                _stop(process)
 
 
 def free_ports() -> dict[str, str]:
@@ -105,7 +116,8 @@ def _sockets(count: int) -> Iterator[list[int]]:
 
 def _command(names: Sequence[str], store: Path) -> list[str]:
     start = "import sys; from ts.model_server import start; sys.argv[0] = 'torchserve'; start()"
-    options = ["--model-store", str(store), "--ts-config", str(packaged("config.properties")), "--models"]
+    files = {"--ts-config": packaged("config.properties"), "--log-config": packaged("deploy") / "log4j2.xml"}
+    options = ["--model-store", str(store), *(str(part) for pair in files.items() for part in pair), "--models"]
     return [
         sys.executable,
         "-c",
@@ -128,7 +140,13 @@ def _environment(settings: Mapping[str, str], run: Path, temporary: str) -> dict
     """Return the server's environment: its own temporary folder, since TorchServe keeps its pid file there."""
     java = _java_home()
     path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(java, "bin")), os.environ.get("PATH", "")])
-    own = {"JAVA_HOME": java, "PATH": path, "LOG_LOCATION": str(run / "logs"), "METRICS_LOCATION": str(run / "logs")}
+    own = {
+        "JAVA_HOME": java,
+        "PATH": path,
+        "LOG_LOCATION": str(run / "logs"),
+        "METRICS_LOCATION": str(run / "logs"),
+        "CONSOLE_LEVEL": "error",
+    }
     # Threads that spin while they wait take the cores from those that work, where others use the machine too.
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **own, "TMPDIR": temporary, "TEMP": temporary, **settings}
 
@@ -177,13 +195,15 @@ def _check_ports(settings: Mapping[str, str]) -> None:
         )
 
 
-def _wait(server: Server, log: Path) -> None:
+def _wait(server: Server, log: Path, failure: Callable[[], str | None]) -> None:
     """Wait until the model answers a real prediction; a worker that is only healthy may still be loading."""
     photo = photo_path().read_bytes()
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise ServerError(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
+        if reason := failure():
+            raise ServerError(reason)
         if all(_ready(server, name) and _answers(server, name, photo) for name in server.names):
             return
         time.sleep(0.3)
@@ -206,8 +226,43 @@ def _answers(server: Server, name: str, photo: bytes) -> bool:
         return False
 
 
+def _load_failure(log: Path, start: int) -> str | None:
+    """Return why a worker could not load its model, as the log tells from byte `start` on; None while none has failed.
+
+    TorchServe starts such a worker again and again, and whoever asks for the model meanwhile waits.
+    """
+    if not log.exists():
+        return None
+    with log.open("rb") as stream:
+        stream.seek(start)
+        lines = [match for line in stream.read().decode(errors="replace").splitlines() if (match := WORKER_LINE.search(line))]
+    died = next((index for index, line in enumerate(lines) if line["text"].startswith("Backend worker process died")), None)
+    if died is None:
+        return None
+    name = lines[died]["name"]
+    texts = [line["text"] for line in lines[died + 1 :] if line["name"] == name]
+    # An exception's own lines begin at the margin; TorchServe looks for its own handler where ours cannot be imported.
+    raised = [text for text in texts if re.match(r"[\w.]+(: |$)", text) and "ts.torch_handler" not in text]
+    return f"{name} cannot be loaded: {raised[0].removeprefix(ERRORS)}; {log} tells more" if raised else None
+
+
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _drain(server: Server) -> None:
+    """Wait until no request is in flight, at most DRAIN_SECONDS; not at all where the handler tells no gauge."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while server.process.poll() is None and _in_flight(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _in_flight(server: Server) -> float:
+    """Return how many requests the server's models work on, 0 where that is not told."""
+    with suppress(httpx.HTTPError):
+        lines = httpx.get(f"{server.metrics}/metrics", timeout=2).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{IN_FLIGHT}{{"))
+    return 0
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
