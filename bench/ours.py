@@ -82,13 +82,13 @@ def prepare_narrow(work: str, subject: Subject, chunk: int | None) -> Run:
 
 def _explain(engine: Engine, jobs: list[Job]) -> Outcome:
     finished = engine.results(jobs)
-    errors = [f.result.completeness_error for f in finished if f.result.completeness_error is not None]
-    maps = torch.stack([one.result.map.sum(0) for one in finished])
+    errors = [f.value.completeness_error for f in finished if f.value.completeness_error is not None]
+    maps = torch.stack([one.value.map.sum(0) for one in finished])
     return Outcome(maps, sum(one.evaluations for one in finished), max(errors, default=None))
 
 
 def _sensitivity(engine: Engine, jobs: list[Job]) -> Outcome:
     finished = engine.results(jobs)
-    works = [Measurement(MaxSensitivity(), job, one.result) for job, one in zip(jobs, finished, strict=True)]
+    works = [Measurement(MaxSensitivity(), job, one.value) for job, one in zip(jobs, finished, strict=True)]
     measured = engine.results(works)
     return Outcome(None, sum(one.evaluations for one in finished) + sum(one.evaluations for one in measured))

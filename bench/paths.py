@@ -28,13 +28,13 @@ SHARE = 0.9  # of the photos that an error must hold on
 def bisected(engine: Engine, case: Case, error: float) -> int | None:
     """Return the rows after which the bisected path holds an error, or None where it does not."""
     found = engine.results([Job(IntegratedGradients(max_error=error), case)])[0]
-    return found.evaluations if float(found.result.completeness_error or 0) <= error else None
+    return found.evaluations if float(found.value.completeness_error or 0) <= error else None
 
 
 def uniform(engine: Engine, case: Case) -> list[float]:
     """Return the errors of the uniform path, for each of STEPS."""
     found = engine.results([Job(IntegratedGradients(steps=steps), case) for steps in STEPS])
-    return [float(one.result.completeness_error or 0) for one in found]
+    return [float(one.value.completeness_error or 0) for one in found]
 
 
 def main() -> None:

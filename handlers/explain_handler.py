@@ -1,28 +1,24 @@
-"""TorchServe's entry point: a batch in, one answer for each request out."""
+"""TorchServe's entry point: requests in flight in, answers of the finished out."""
 
 import logging
 import os
 from http import HTTPStatus
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-from ts.metrics.metric_type_enum import MetricTypes
 
 from torchserve_explain.archive import Archive
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
-from torchserve_explain.serving.service import Exchange, Row, Service
+from torchserve_explain.servers.torchserve_metrics import Metrics
+from torchserve_explain.serving.answers import Answer
+from torchserve_explain.serving.in_flight import InFlight
+from torchserve_explain.serving.service import RawRequest, Service, error_answer
 from torchserve_explain.serving.settings import read_settings
 
 log = logging.getLogger(__name__)
-
-# Name, type, unit and second dimension (the first is the model's name), as deploy/metrics.yaml declares them.
-METRICS = (
-    ("ExplainSeconds", MetricTypes.HISTOGRAM, "s", "Method"),
-    ("ExplainCompletenessError", MetricTypes.HISTOGRAM, "fraction", "Method"),
-    ("ExplainEvaluations", MetricTypes.COUNTER, "Count", "Method"),
-    ("ExplainRefusals", MetricTypes.COUNTER, "Count", "Status"),
-)
 
 
 class ExplainHandler:
@@ -40,41 +36,55 @@ class ExplainHandler:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.maxWorkers)))
         archive = Archive.load(Path(properties["model_dir"]), device)
         classifier, labels = archive.classifier, archive.labels
-        self._metrics = {
-            name: context.metrics.cache.get(kind, {}).get(name)
-            or context.metrics.add_metric_to_cache(name, unit, ["ModelName", dimension], kind)
-            for name, kind, unit, dimension in METRICS
-        }
+        self._continuous = settings.continuousBatching
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
-        self._service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})
-        self._service.warm_up()
-        log.info("%s %s on %s: %d classes, %d layers folded, last layer %s", context.model_name, version, device,
-                 classifier.classes, classifier.folded, classifier.last_layer)  # fmt: skip
-        for method, why in self._service.refused.items():
+        service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})
+        quantum = settings.explanations.limits.quantum / 1000
+        engine = Engine(classifier, service.limits.pack, quantum if self._continuous else inf)
+        self._metrics = Metrics(context, engine, service)
+        service.warm_up(engine)
+        self._in_flight = InFlight(service, engine, quantum)
+        log.info("%s %s on %s: %d classes, %d layers folded, last layer %s, %s batching", context.model_name, version, device,
+                 classifier.classes, classifier.folded, classifier.last_layer,
+                 "continuous" if self._continuous else "classic")  # fmt: skip
+        for method, why in service.refused.items():
             log.info("%s cannot serve %s: %s", method, context.model_name, why)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """Answer each request by itself; nothing is raised, since that would fail the whole batch."""
-        rows = [
-            Row(row, context.get_all_request_header(place), context.get_request_id(place) or "")
-            for place, row in enumerate(data)
-        ]
-        exchanges = self._service.answer(rows)
-        for place, exchange in enumerate(exchanges):
-            answer = exchange.answer
-            context.set_response_content_type(place, answer.content_type)
-            if answer.status != HTTPStatus.OK:
-                context.set_response_status(code=answer.status, phrase=HTTPStatus(answer.status).phrase, idx=place)
-            self._measure(exchange, context.model_name)
-        return [exchange.answer.body for exchange in exchanges]
+        """Answer what is finished; nothing is raised, since that would fail all requests in flight.
 
-    def _measure(self, exchange: Exchange, model: str) -> None:
-        """Count what was explained and what was refused."""
-        if exchange.answer.status != HTTPStatus.OK:
-            self._metrics["ExplainRefusals"].add_or_update(1, [model, str(exchange.answer.status)])
-        for explanation in (explanation for image in exchange.explanations for explanation in image):
-            dimensions, explained = [model, explanation.method], explanation.explained
-            self._metrics["ExplainSeconds"].add_or_update(explained.seconds, dimensions)
-            self._metrics["ExplainEvaluations"].add_or_update(explained.evaluations, dimensions)
-            if (error := explained.result.completeness_error) is not None:
-                self._metrics["ExplainCompletenessError"].add_or_update(error, dimensions)
+        With continuous batching the frontend hands over all requests in flight again and again. One that is left out of
+        `context.request_ids` stays in flight; without it every request is answered now.
+        """
+        ids: dict[int, str] = dict(context.request_ids)
+        requests = {name: lambda index=index: self._raw(data, context, index) for index, name in ids.items()}
+        try:
+            answers = self._in_flight.call(requests) if self._continuous else self._in_flight.answer_all(requests)
+        except Exception as error:
+            self._in_flight.forget_all()
+            answers = dict.fromkeys(requests, error_answer(error))
+        bodies = [b""] * len(data)
+        for index, name in ids.items():
+            if name in answers:
+                bodies[index] = self._respond(answers[name], context, index)
+            else:
+                del context.request_ids[index]
+        self._metrics.after_call(len(self._in_flight))
+        return bodies
+
+    @staticmethod
+    def _raw(data: list[dict[str, Any]], context: Any, index: int) -> RawRequest:
+        return RawRequest(data[index], context.get_all_request_header(index), context.get_request_id(index) or "")
+
+    def _respond(self, answer: Answer, context: Any, index: int) -> bytes:
+        """Set what TorchServe sends beside a body, and count the answer."""
+        context.set_response_content_type(index, answer.content_type)
+        if answer.status != HTTPStatus.OK:
+            context.set_response_status(code=answer.status, phrase=HTTPStatus(answer.status).phrase, idx=index)
+        for name, value in answer.headers.items():
+            context.set_response_header(index, name, value)
+        self._metrics.answered(answer)
+        for one in answer.explanations:
+            log.info("%s of %s: %d evaluations, %.0f ms of %.0f ms, %d", one.method, one.target.index, one.evaluations,
+                     1000 * one.explained.seconds, 1000 * answer.seconds, answer.status)  # fmt: skip
+        return answer.body

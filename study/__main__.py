@@ -92,7 +92,7 @@ def draw(engine: Engine, picture: Picture, path: Path) -> None:
     jobs = [Job(technique.method, case, technique.smoothing) for technique in chosen]
     maps = []
     for technique, job, finished in zip(chosen, jobs, engine.results(jobs), strict=True):
-        maps.append((technique.name, finished.result.map.sum(0).float().cpu().numpy(), job.signed))
+        maps.append((technique.name, finished.value.map.sum(0).float().cpu().numpy(), job.signed))
     montage(picture.seen, maps).save(path)
 
 

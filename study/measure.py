@@ -63,14 +63,14 @@ def measure_photo(engine: Engine, technique: Technique, photo: Photo, settings: 
     }
     if disturbed:
         qualities["max_sensitivity"] = settings.max_sensitivity
-    measured = engine.results([Measurement(quality, job, finished.result) for quality in qualities.values()])
-    values = {name: one.result.value for name, one in zip(qualities, measured, strict=True)}
+    measured = engine.results([Measurement(quality, job, finished.value) for quality in qualities.values()])
+    values = {name: one.value.value for name, one in zip(qualities, measured, strict=True)}
     return {
         "photo": photo.name,
         "technique": technique.name,
         "rows": finished.evaluations,
         "milliseconds": milliseconds,
-        "completeness_error": finished.result.completeness_error,
+        "completeness_error": finished.value.completeness_error,
         **values,
     }
 
@@ -91,7 +91,7 @@ def measure_grid(engine: Engine, technique: Technique, name: str, image: Tensor,
     score = float(engine.logits([image])[0][target])
     case = Case(engine.classifier, image, target, known_score=score)
     (finished,) = engine.results([Job(technique.method, case, technique.smoothing)])
-    return {"photo": name, "technique": technique.name, "localisation": share_in_cell(finished.result.map, cell)}
+    return {"photo": name, "technique": technique.name, "localisation": share_in_cell(finished.value.map, cell)}
 
 
 def share_in_cell(attribution: Tensor, cell: int) -> float:

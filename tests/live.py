@@ -85,6 +85,13 @@ def grpc_modules(folder: Path):
     return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")
 
 
+def white(size=(240, 200)) -> bytes:
+    """Return an encoded image without shapes."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, "white").save(stream, "PNG")
+    return stream.getvalue()
+
+
 def picture(seed=0, size=(240, 200), form="JPEG") -> bytes:
     """Return an encoded image with shapes of its own."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,7 +6,8 @@ from conftest import NORMALIZATION
 from support import ARCHITECTURES, CLASSES, row, trained_like, written
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.computation import Result
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Smoothing
 from torchserve_explain.attribution.methods.cam import GradCam, LayerCam
@@ -67,18 +68,18 @@ def test_every_method_in_a_mixed_batch(served):
     outcomes = Engine(classifier, 16).run(jobs)
     for job, outcome in zip(jobs, outcomes, strict=True):
         told = f"{name} {type(job.method).__name__}"
-        assert isinstance(outcome, Finished), f"{told}: {outcome}"
-        attribution = outcome.result.map
+        assert isinstance(outcome, Result), f"{told}: {outcome}"
+        attribution = outcome.value.map
         assert attribution.shape[1:] == classifier.example.shape[2:] and torch.isfinite(attribution).all(), told
         if type(job.method) not in RECTIFIED:
             assert float(attribution.abs().max()) > 0, told
         if outcome.evaluations < 100 and not isinstance(job.method, Xrai):  # a rounding may reorder regions
             (alone,) = Engine(classifier, 1).run([job])
-            difference = float((alone.result.map - attribution).norm())
-            assert difference <= 0.1 * float(alone.result.map.norm()), f"{told}: differs by {difference}"
+            difference = float((alone.value.map - attribution).norm())
+            assert difference <= 0.1 * float(alone.value.map.norm()), f"{told}: differs by {difference}"
         if type(job.method).__name__ in ("DeepLift", "KernelShap"):
-            assert outcome.result.completeness_error < 1e-3, told
-    cams = [o.result.map for job, o in zip(jobs, outcomes, strict=True) if type(job.method) in RECTIFIED]
+            assert outcome.value.completeness_error < 1e-3, told
+    cams = [o.value.map for job, o in zip(jobs, outcomes, strict=True) if type(job.method) in RECTIFIED]
     assert any(float(cam.max()) > 0 for cam in cams)  # an untrained head may speak against every place, but not to all
     assert torch.equal(classifier.logits(probe), logits)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -92,7 +93,7 @@ def test_the_last_layer_is_the_right_one_and_middle_layers_have_maps_of_their_ow
     chosen = [names[len(names) // 3], names[2 * len(names) // 3], "last"]
     case = case_of(classifier, images(classifier, 1)[0], 1)
     jobs = [Job(cam(layer), case) for cam in (GradCam, LayerCam) for layer in chosen]
-    maps = [outcome.result.map for outcome in Engine(classifier, 4).run(jobs)]
+    maps = [outcome.value.map for outcome in Engine(classifier, 4).run(jobs)]
     assert all(torch.isfinite(found).all() for found in maps)
     assert not torch.allclose(maps[3], maps[4]) and not torch.allclose(maps[4], maps[5])
 

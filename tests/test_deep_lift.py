@@ -47,7 +47,7 @@ def test_rescale_is_captums(image, activation, baseline):
     outcome = explained(classifier, image, baseline)
     start = baseline.image(Case(classifier, image, TARGET))[None]
     expected = CaptumDeepLift(model).attribute(image[None].clone(), start, target=TARGET)[0].detach()
-    torch.testing.assert_close(outcome.result.map, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(outcome.value.map, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
     assert outcome.evaluations == 3
 
 
@@ -75,7 +75,7 @@ class Everything(nn.Module):
 def test_contributions_sum_to_the_difference_through_every_rule(image, activation):
     classifier = Classifier(Everything(activation).double(), NORMALIZATION, SIZE)
     assert DeepLift.unsupported(classifier) is None
-    outcome = explained(classifier, image).result
+    outcome = explained(classifier, image).value
     assert outcome.completeness_error < 1e-9
     plain = classifier.evaluate(image[None], [TARGET], [], gradient=True).gradients[0]
     assert not torch.allclose(outcome.map, (image - Baseline.BLACK.image(Case(classifier, image, TARGET))) * plain)
@@ -84,13 +84,13 @@ def test_contributions_sum_to_the_difference_through_every_rule(image, activatio
 def test_a_linear_model_has_its_weights_times_the_difference(image):
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 5)).double()
     classifier = Classifier(model, NORMALIZATION, SIZE)
-    found = explained(classifier, image, Baseline.MEAN).result.map
+    found = explained(classifier, image, Baseline.MEAN).value.map
     torch.testing.assert_close(found, model[1].weight[TARGET].detach().view(3, *SIZE) * image)
 
 
 def test_an_image_that_is_its_baseline_has_no_contribution():
     white = NORMALIZATION(torch.ones(3, *SIZE, dtype=torch.float64))
-    outcome = explained(Classifier(Net(nn.ReLU).double(), NORMALIZATION, SIZE), white, Baseline.WHITE).result
+    outcome = explained(Classifier(Net(nn.ReLU).double(), NORMALIZATION, SIZE), white, Baseline.WHITE).value
     assert float(outcome.map.abs().max()) == 0 and outcome.completeness_error == 0
 
 

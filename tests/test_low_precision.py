@@ -29,7 +29,7 @@ def both(model, normalization=NORMALIZATION, size=SIZE):
 
 
 def explained(classifier, method, image, target=2):
-    return Engine(classifier, 8).results([Job(method, Case(classifier, image, target))])[0].result.map
+    return Engine(classifier, 8).results([Job(method, Case(classifier, image, target))])[0].value.map
 
 
 def test_scores_without_a_gradient_are_rounded_and_no_more():
@@ -85,7 +85,7 @@ def test_a_map_in_bfloat16_does_not_depend_on_its_neighbours():
     first, second = NORMALIZATION(torch.rand(2, 3, *SIZE))
     jobs = [Job(GradCam(), Case(narrow, first, 1)), Job(Sensitivity(), Case(narrow, second, 2))]
     together = Engine(narrow, 8).results(jobs)
-    assert torch.equal(together[0].result.map, Engine(narrow, 8).results(jobs[:1])[0].result.map)
+    assert torch.equal(together[0].value.map, Engine(narrow, 8).results(jobs[:1])[0].value.map)
 
 
 class Widening(nn.Module):

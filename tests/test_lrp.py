@@ -64,7 +64,7 @@ def test_relevance_is_zennits(name, composite):
     classifier = Classifier(randomised(get_model(name, weights=None, num_classes=7)), NORMALIZATION, SIZE)
     outcome, score = explained(classifier, composite)
     expected = score * zennits(classifier._model, composite)  # folded: zennit leaves a rest of each norm's epsilon
-    torch.testing.assert_close(outcome.result.map, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(outcome.value.map, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 class Forms(nn.Module):
@@ -95,7 +95,7 @@ class Forms(nn.Module):
 @pytest.mark.parametrize("composite", list(Composite))
 def test_what_form_a_layer_has_does_not_matter(composite):
     maps = [
-        explained(Classifier(Forms(plain).double(), NORMALIZATION, SIZE), composite)[0].result.map for plain in (True, False)
+        explained(Classifier(Forms(plain).double(), NORMALIZATION, SIZE), composite)[0].value.map for plain in (True, False)
     ]
     torch.testing.assert_close(*maps)
     assert float(maps[0].abs().max()) > 0
@@ -125,7 +125,7 @@ def test_without_biases_nothing_is_lost(activation):
             return self.head(torch.cat([x.mean((2, 3)), nn.functional.avg_pool2d(x, 15).flatten(1)], 1))
 
     outcome, score = explained(Classifier(Net().double(), NORMALIZATION, SIZE))
-    assert float(outcome.result.map.sum()) == pytest.approx(score, rel=0.06)
+    assert float(outcome.value.map.sum()) == pytest.approx(score, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_relevance_is_conserved_however_a_function_is_called(middle):
     classifier = Classifier(Net().double(), NORMALIZATION, SIZE)
     assert LayerwiseRelevance.unsupported(classifier) is None
     outcome, score = explained(classifier)
-    assert float(outcome.result.map.sum()) == pytest.approx(score, rel=1e-3)
+    assert float(outcome.value.map.sum()) == pytest.approx(score, rel=1e-3)
 
 
 def unsupported(body, *layers):

@@ -40,20 +40,20 @@ def explain(job, pack=16):
 def test_a_path_on_a_linear_model_is_weight_times_difference(linear, linear_classifier, image, method):
     explained = explain(Job(method, case_of(linear_classifier, image)))
     difference = image - NORMALIZATION(torch.zeros_like(image))
-    torch.testing.assert_close(explained.result.map, linear.weight(1) * difference)
-    assert explained.result.completeness_error < 1e-9
+    torch.testing.assert_close(explained.value.map, linear.weight(1) * difference)
+    assert explained.value.completeness_error < 1e-9
 
 
 def test_sensitivity_of_a_linear_model_is_its_squared_weight(linear, linear_classifier, image):
     explained = explain(Job(Sensitivity(), case_of(linear_classifier, image)))
-    torch.testing.assert_close(explained.result.map[0], linear.weight(1).square().sum(0))
+    torch.testing.assert_close(explained.value.map[0], linear.weight(1).square().sum(0))
 
 
 @pytest.mark.parametrize("baseline", list(Baseline))
 @pytest.mark.parametrize("score", list(Score))
 def test_integrated_gradients_is_complete_for_every_baseline(classifier, image, baseline, score):
     case = case_of(classifier, image, score=score)
-    attribution = explain(Job(IntegratedGradients(baseline=baseline, max_error=1e-3), case)).result
+    attribution = explain(Job(IntegratedGradients(baseline=baseline, max_error=1e-3), case)).value
     start = classifier.logits(baseline.image(case)[None])[0]
     expected = case.known_score - float((start if score is Score.LOGIT else start.softmax(0))[1])
     assert float(attribution.map.sum()) == pytest.approx(expected, rel=1e-3)
@@ -63,7 +63,7 @@ def test_integrated_gradients_is_complete_for_every_baseline(classifier, image, 
 
 def test_the_error_told_is_that_of_the_map(classifier, image):
     case = case_of(classifier, image)
-    attribution = explain(Job(IntegratedGradients(steps=2), case)).result
+    attribution = explain(Job(IntegratedGradients(steps=2), case)).value
     difference = case.known_score - attribution.baseline_score
     assert attribution.completeness_error == pytest.approx(abs(float(attribution.map.sum()) - difference) / abs(difference))
 
@@ -71,14 +71,14 @@ def test_the_error_told_is_that_of_the_map(classifier, image):
 def test_a_smaller_max_error_refines_the_path(classifier, image):
     coarse, fine = (explain(Job(IntegratedGradients(max_error=e), case_of(classifier, image))) for e in (0.5, 1e-4))
     assert coarse.evaluations < fine.evaluations
-    exact = explain(Job(IntegratedGradients(steps=2000), case_of(classifier, image))).result.map
-    assert float((fine.result.map - exact).norm()) < 0.3 * float((coarse.result.map - exact).norm())
+    exact = explain(Job(IntegratedGradients(steps=2000), case_of(classifier, image))).value.map
+    assert float((fine.value.map - exact).norm()) < 0.3 * float((coarse.value.map - exact).norm())
 
 
 def test_the_path_ends_with_the_budget_and_tells_the_larger_error(classifier, image):
     explained = explain(Job(IntegratedGradients(max_error=1e-12), case_of(classifier, image, budget=21)))
     assert explained.evaluations == 21
-    assert explained.result.completeness_error > 1e-12
+    assert explained.value.completeness_error > 1e-12
 
 
 @pytest.mark.parametrize("baseline", [Baseline.WHITE, Baseline.BLUR])
@@ -86,8 +86,8 @@ def test_an_image_that_is_its_baseline_costs_one_round_and_has_no_error(lite0, b
     classifier = Classifier(lite0, NORMALIZATION, (64, 64))
     image = NORMALIZATION(torch.ones(3, 64, 64))
     explained = explain(Job(IntegratedGradients(baseline=baseline), case_of(classifier, image)))
-    assert explained.evaluations == 9 and explained.result.completeness_error < 0.05
-    assert float(explained.result.map.abs().max()) < 1e-4
+    assert explained.evaluations == 9 and explained.value.completeness_error < 0.05
+    assert float(explained.value.map.abs().max()) < 1e-4
 
 
 def test_bisected_path_is_a_trapezoid_rule_on_its_nodes(classifier, image):
@@ -99,7 +99,7 @@ def test_bisected_path_is_a_trapezoid_rule_on_its_nodes(classifier, image):
         x = (base + i / 8 * (image - base)).requires_grad_()
         (gradient,) = torch.autograd.grad(classifier._model(x[None])[0, 1], x)
         total += gradient * (0.5 if i in (0, 8) else 1.0) / 8
-    found = explain(Job(IntegratedGradients(max_error=1e-12), case)).result.map
+    found = explain(Job(IntegratedGradients(max_error=1e-12), case)).value.map
     torch.testing.assert_close(found, total * (image - base))
 
 
@@ -117,7 +117,7 @@ def test_baselines_are_images_before_normalisation(classifier, image):
 def test_gradient_shap_reaches_completeness_in_expectation(classifier, image):
     case = case_of(classifier, image)
     explained = explain(Job(GradientShap(samples=2000, baseline=Baseline.NOISE), case))
-    assert explained.result.completeness_error < 0.05
+    assert explained.value.completeness_error < 0.05
     assert explained.evaluations == 4000  # each sample's baseline is scored too
 
 
@@ -130,7 +130,7 @@ def test_grad_cam_of_a_known_head(image):
     features = convolution(image[None]).detach()
     expected = (head.weight[1].detach()[:, None, None] * features[0]).sum(0).relu() / features[0, 0].numel()
     expected = nn.functional.interpolate(expected[None, None], SIZE, mode="bilinear")[0]
-    torch.testing.assert_close(explain(Job(GradCam(), case_of(classifier, image))).result.map, expected)
+    torch.testing.assert_close(explain(Job(GradCam(), case_of(classifier, image))).value.map, expected)
 
 
 def naive_layer(model, image, target):
@@ -153,7 +153,7 @@ def test_grad_cam_plus_plus_is_its_naive_replica(model, classifier, image):
                 weight += alpha * max(float(g[i, j]), 0.0)
         cam += weight * a
     expected = nn.functional.interpolate(cam.relu()[None, None], SIZE, mode="bilinear")[0]
-    found = explain(Job(GradCamPlusPlus("reduce"), case_of(classifier, image))).result.map
+    found = explain(Job(GradCamPlusPlus("reduce"), case_of(classifier, image))).value.map
     torch.testing.assert_close(found, expected)
 
 
@@ -161,7 +161,7 @@ def test_layer_cam_is_its_naive_replica(model, classifier, image):
     activation, gradient = naive_layer(model, image, 1)
     cam = sum(g.clamp(min=0) * a for a, g in zip(activation, gradient, strict=True)).clamp(min=0)
     expected = nn.functional.interpolate(cam[None, None], SIZE, mode="bilinear")[0]
-    found = explain(Job(LayerCam("reduce"), case_of(classifier, image))).result.map
+    found = explain(Job(LayerCam("reduce"), case_of(classifier, image))).value.map
     torch.testing.assert_close(found, expected)
 
 
@@ -174,7 +174,7 @@ def test_guided_relu6_passes_back_only_what_is_positive_and_not_cut():
     classifier = Classifier(Net(), NORMALIZATION, SIZE)
     image = torch.zeros(3, *SIZE)
     image[0, 0, :4] = torch.tensor([1.0, 2.0, -1.0, 9.0])  # passed, weight negative, below 0, above 6
-    found = explain(Job(GuidedBackprop(), Case(classifier, image, 0, known_score=0.0))).result.map
+    found = explain(Job(GuidedBackprop(), Case(classifier, image, 0, known_score=0.0))).value.map
     assert found[0, 0, :4].tolist() == [2, 0, 0, 0]
 
 
@@ -190,7 +190,7 @@ def test_score_cam_is_its_naive_replica(model, classifier, image, samples):
     cam = torch.tensordot(torch.stack(scores).softmax(0), activation[chosen], 1)
     expected = nn.functional.interpolate(cam.relu()[None, None], SIZE, mode="bilinear")[0]
     explained = explain(Job(ScoreCam("reduce", samples), case_of(classifier, image)))
-    torch.testing.assert_close(explained.result.map, expected)
+    torch.testing.assert_close(explained.value.map, expected)
     assert explained.evaluations == 1 + min(samples, 12)
 
 
@@ -200,7 +200,7 @@ def test_rise_is_its_naive_replica(classifier, image):
     masks = torch.stack([random_mask(case, number) for number in range(40)])
     scores = classifier.logits(hidden + masks * (image - hidden))[:, 1]
     expected = (masks * scores[:, None, None, None]).sum(0) / masks.sum(0) - scores.mean()
-    torch.testing.assert_close(explain(Job(Rise(samples=40), case)).result.map, expected)
+    torch.testing.assert_close(explain(Job(Rise(samples=40), case)).value.map, expected)
 
 
 def test_random_masks_show_half_and_are_smooth(classifier, image):
@@ -218,7 +218,7 @@ def test_rise_finds_the_only_pixels_that_count(image):
 
     classifier = Classifier(Corner(), NORMALIZATION, SIZE)
     image = NORMALIZATION(torch.ones(3, *SIZE))
-    found = explain(Job(Rise(samples=2000), Case(classifier, image, 0))).result.map[0]
+    found = explain(Job(Rise(samples=2000), Case(classifier, image, 0))).value.map[0]
     assert found[1, 1] > 4 * found[8:, 8:].abs().max()
 
 
@@ -231,7 +231,7 @@ def test_a_model_without_relus_or_grids_says_what_cannot_serve_it():
 
 
 def test_occlusion_of_a_linear_model_is_what_was_hidden(linear, linear_classifier, image):
-    found = explain(Job(Occlusion(Baseline.MEAN), case_of(linear_classifier, image))).result.map[0]
+    found = explain(Job(Occlusion(Baseline.MEAN), case_of(linear_classifier, image))).value.map[0]
     lost = (linear.weight(1) * image).sum(0)  # by pixel; the mean image is zero after normalisation
     corner = lost[:2, :2].sum()  # the only window that covers the corner's pixel
     torch.testing.assert_close(found[0, 0], corner)
@@ -272,7 +272,7 @@ def test_biased_layer_is_its_naive_replica(classifier, image, gamma, reduction):
     x = image[None].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(naive_biased_logits(classifier._model, x, gamma)[0, 1], x)
     expected = image * gradient[0] if reduction is Reduction.RELEVANCE else gradient[0].square().sum(0, keepdim=True)
-    found = explain(Job(BiasedLayer(gamma, reduction), case_of(classifier, image))).result.map
+    found = explain(Job(BiasedLayer(gamma, reduction), case_of(classifier, image))).value.map
     torch.testing.assert_close(found, expected)
 
 
@@ -296,12 +296,12 @@ def test_biased_layer_is_the_published_rule_where_nothing_is_negative():
     x = image[None].clone().requires_grad_()
     hidden = published(model[2], published(model[0], x).relu()).relu().flatten(1)
     (gradient,) = torch.autograd.grad(published(model[5], hidden)[0, target], x)
-    found = explain(Job(BiasedLayer(), case_of(classifier, image, target))).result.map
+    found = explain(Job(BiasedLayer(), case_of(classifier, image, target))).value.map
     torch.testing.assert_close(found, gradient[0].square().sum(0, keepdim=True))
 
 
 def test_biased_layer_without_gamma_is_sensitivity(classifier, image):
-    biased, plain = (explain(Job(m, case_of(classifier, image))).result.map for m in (BiasedLayer(0.0), Sensitivity()))
+    biased, plain = (explain(Job(m, case_of(classifier, image))).value.map for m in (BiasedLayer(0.0), Sensitivity()))
     torch.testing.assert_close(biased, plain)
 
 
@@ -315,22 +315,22 @@ def test_biased_layer_keeps_the_logits(lite0):
 def test_biased_layer_survives_a_dead_input(classifier):
     dead = torch.zeros(3, *SIZE, dtype=torch.float64)
     for method in (BiasedLayer(), BiasedLayer(reduction=Reduction.RELEVANCE)):
-        assert torch.isfinite(explain(Job(method, case_of(classifier, dead))).result.map).all()
+        assert torch.isfinite(explain(Job(method, case_of(classifier, dead))).value.map).all()
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 @pytest.mark.parametrize("method", GRADIENT_METHODS, ids=lambda m: type(m).__name__)
 def test_smoothing_is_the_moment_of_the_copies_maps(classifier, image, kind, method):
     case = case_of(classifier, image, seed=9)
-    copies = torch.stack([explain(Job(method, case.noisy(k, 0.2))).result.map for k in range(6)])
+    copies = torch.stack([explain(Job(method, case.noisy(k, 0.2))).value.map for k in range(6)])
     expected = {
         Kind.SMOOTHGRAD: copies.mean(0),
         Kind.SMOOTHGRAD_SQ: copies.square().mean(0),
         Kind.VARGRAD: copies.var(0, correction=0),
     }
     found = explain(Job(method, case, Smoothing(kind, 6, 0.2)))
-    torch.testing.assert_close(found.result.map, expected[kind])
-    assert found.result.completeness_error is None
+    torch.testing.assert_close(found.value.map, expected[kind])
+    assert found.value.completeness_error is None
 
 
 def test_noise_has_the_deviation_asked_for_and_no_copy_repeats(classifier, image):
@@ -351,8 +351,8 @@ def test_moments_of_one_map_are_the_map_and_no_variance():
 def test_a_map_has_the_inputs_size_and_the_cost_told(classifier, image, method):
     job = Job(method, case_of(classifier, image))
     explained = explain(job)
-    assert explained.result.map.shape[1:] == SIZE
-    assert float(explained.result.map.abs().max()) > 0
+    assert explained.value.map.shape[1:] == SIZE
+    assert float(explained.value.map.abs().max()) > 0
     at_least = explained.evaluations >= job.evaluations
     assert at_least if method.adaptive else explained.evaluations == job.evaluations
 
@@ -360,13 +360,13 @@ def test_a_map_has_the_inputs_size_and_the_cost_told(classifier, image, method):
 @pytest.mark.parametrize("method", METHOD_CASES)
 def test_an_unsigned_method_is_never_negative(classifier, image, method):
     job = Job(method, case_of(classifier, image))
-    smallest = float(explain(job).result.map.sum(0).min())
+    smallest = float(explain(job).value.map.sum(0).min())
     assert smallest >= 0 if not job.signed else smallest < 0
 
 
 @pytest.mark.parametrize("method", METHOD_CASES)
 def test_targets_have_maps_of_their_own(classifier, image, method):
-    first, second = (explain(Job(method, case_of(classifier, image, target))).result.map for target in (0, 4))
+    first, second = (explain(Job(method, case_of(classifier, image, target))).value.map for target in (0, 4))
     assert not torch.allclose(first, second)
 
 

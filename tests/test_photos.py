@@ -62,4 +62,4 @@ def test_bisected_paths_reach_their_error_with_few_rows(served):
         logits = engine.logits([image])[0]
         case = Case(engine.classifier, image, int(logits.argmax()), known_score=float(logits.max()))
         (explained,) = engine.run([Job(IntegratedGradients(max_error=0.05), case)])
-        assert explained.result.completeness_error <= 0.05 and explained.evaluations <= 73, name
+        assert explained.value.completeness_error <= 0.05 and explained.evaluations <= 73, name

@@ -29,7 +29,7 @@ def case_of(classifier, image, **options):
 def measured(quality, job, attribution=None, pack=16):
     engine = Engine(job.case.classifier, pack)
     if attribution is None:
-        attribution = engine.run([job])[0].result
+        attribution = engine.run([job])[0].value
     (outcome,) = engine.run([Measurement(quality, job, attribution)])
     assert not isinstance(outcome, AttributionError), outcome
     return outcome
@@ -41,14 +41,14 @@ def test_max_sensitivity_is_captums_with_the_same_draws(classifier, image, metho
     copies = torch.stack([quality.perturbed(case, k).input for k in range(6)])
 
     def explain(inputs):
-        maps = [Engine(classifier, 4).run([Job(method, case_of(classifier, one))])[0].result.map for one in inputs[0]]
+        maps = [Engine(classifier, 4).run([Job(method, case_of(classifier, one))])[0].value.map for one in inputs[0]]
         return (torch.stack(maps),)
 
     expected = sensitivity_max(
         explain, image[None], perturb_func=lambda *_: (copies,), n_perturb_samples=6, max_examples_per_batch=100
     )
     found = measured(quality, Job(method, case))
-    assert found.result.value == pytest.approx(float(expected), rel=1e-9)
+    assert found.value.value == pytest.approx(float(expected), rel=1e-9)
     assert found.evaluations == 6 * method.evaluations(classifier)
 
 
@@ -62,7 +62,7 @@ def test_perturbations_fill_the_ball(classifier, image):
 @pytest.mark.parametrize("method", [InputXGradient(), IntegratedGradients(steps=6), Saliency()])
 def test_infidelity_is_captums_with_the_same_draws(classifier, image, method):
     quality, case = Infidelity(samples=30), case_of(classifier, image, seed=5)
-    attribution = Engine(classifier, 8).run([Job(method, case)])[0].result
+    attribution = Engine(classifier, 8).run([Job(method, case)])[0].value
     black = Baseline.BLACK.image(case)
     squares = torch.stack([quality.square(case, k) for k in range(30)])
     draws = squares * (image - black)
@@ -73,7 +73,7 @@ def test_infidelity_is_captums_with_the_same_draws(classifier, image, method):
     options = {"target": TARGET, "n_perturb_samples": 30, "normalize": True}
     expected = infidelity(classifier.logits, perturb, image[None], attribution.map[None], **options)
     found = measured(quality, Job(method, case), attribution)
-    assert found.result.value == pytest.approx(float(expected), rel=1e-6)
+    assert found.value.value == pytest.approx(float(expected), rel=1e-6)
     assert found.evaluations == 30
 
 
@@ -82,8 +82,8 @@ def test_what_a_linear_model_hides_is_foretold_exactly(linear, linear_classifier
     case = case_of(linear_classifier, image)
     exact = linear.weight(TARGET) * (image - Baseline.BLACK.image(case))
     job = Job(InputXGradient(), case)
-    assert measured(Infidelity(), job, Attribution(7 * linear.weight(TARGET))).result.value == pytest.approx(0, abs=1e-12)
-    assert measured(Infidelity(), job, Attribution(exact)).result.value > 1e-3
+    assert measured(Infidelity(), job, Attribution(7 * linear.weight(TARGET))).value.value == pytest.approx(0, abs=1e-12)
+    assert measured(Infidelity(), job, Attribution(exact)).value.value > 1e-3
 
 
 class Bright(nn.Module):
@@ -107,12 +107,12 @@ def half(left):
 
 def test_curves_tell_a_right_map_from_a_wrong_one(bright):
     job = Job(Sensitivity(), bright)
-    right, wrong = (measured(Deletion(), job, half(left)).result for left in (True, False))
+    right, wrong = (measured(Deletion(), job, half(left)).value for left in (True, False))
     assert right.value < wrong.value
     assert right.curve[0] == pytest.approx(wrong.curve[0]) and right.curve[-1] == pytest.approx(wrong.curve[-1])
     assert right.curve[25] == pytest.approx(right.curve[-1])  # nothing counts in the other half
     assert wrong.curve[25] == pytest.approx(wrong.curve[0])
-    right, wrong = (measured(Insertion(), job, half(left)).result for left in (True, False))
+    right, wrong = (measured(Insertion(), job, half(left)).value for left in (True, False))
     assert right.curve[25] == pytest.approx(right.curve[-1]) and wrong.curve[25] == pytest.approx(wrong.curve[0])
 
 
@@ -120,7 +120,7 @@ def test_curves_tell_a_right_map_from_a_wrong_one(bright):
 def test_a_curve_is_its_naive_replica(classifier, image, quality):
     case = case_of(classifier, image)
     job = Job(InputXGradient(), case)
-    attribution = Engine(classifier, 4).run([job])[0].result
+    attribution = Engine(classifier, 4).run([job])[0].value
     order = attribution.map.sum(0).flatten().argsort(descending=True)  # no two values are equal
     pixels, other = image.flatten(1).clone(), quality.baseline.image(case).flatten(1)
     first, last = (pixels, other) if isinstance(quality, Deletion) else (other, pixels)
@@ -131,8 +131,8 @@ def test_a_curve_is_its_naive_replica(classifier, image, quality):
         x[:, chosen] = last[:, chosen]
         expected.append(float(classifier.logits(x.view(1, *image.shape)).softmax(1)[0, TARGET]))
     found = measured(quality, job, attribution)
-    assert found.result.curve == pytest.approx(expected)
-    assert found.result.value == pytest.approx(np.trapezoid(expected, dx=1 / 8)) and found.evaluations == 9
+    assert found.value.curve == pytest.approx(expected)
+    assert found.value.value == pytest.approx(np.trapezoid(expected, dx=1 / 8)) and found.evaluations == 9
 
 
 def test_equal_values_come_in_random_order_and_the_same_for_the_same_seed(classifier, image):
@@ -150,7 +150,7 @@ def test_every_method_has_every_quality(classifier, image, method, name):
     if name == "max_sensitivity" and job.evaluations > 100:
         quality = MaxSensitivity(samples=1)
     found = measured(quality, job)
-    assert np.isfinite(found.result.value) and found.result.value >= 0
+    assert np.isfinite(found.value.value) and found.value.value >= 0
     planned = Measurement(quality, job, None).evaluations
     assert found.evaluations >= planned if method().adaptive else found.evaluations == planned
 
@@ -158,14 +158,14 @@ def test_every_method_has_every_quality(classifier, image, method, name):
 def test_the_pack_does_not_matter(classifier, image):
     job = Job(GradientShap(samples=3, stdev=0.1), case_of(classifier, image), Smoothing(Kind.VARGRAD, 3, 0.1))
     for quality in (MaxSensitivity(), Infidelity(), Deletion(), Insertion()):
-        values = [measured(quality, job, pack=pack).result.value for pack in (1, 5, 64)]
+        values = [measured(quality, job, pack=pack).value.value for pack in (1, 5, 64)]
         assert values == pytest.approx([values[0]] * 3, rel=1e-9)
 
 
 def test_a_map_of_zeros_has_qualities_too(classifier, image):
     job = Job(GradCam(), case_of(classifier, image))
     for quality in (Infidelity(), Deletion(), Insertion()):
-        assert np.isfinite(measured(quality, job, Attribution(torch.zeros(1, *SIZE))).result.value)
+        assert np.isfinite(measured(quality, job, Attribution(torch.zeros(1, *SIZE))).value.value)
 
 
 def test_settings_are_told():

@@ -34,7 +34,7 @@ TARGET = 3
 def explain(classifier, method, image, smoothing=None, **case):
     score = float(classifier.logits(image[None])[0, TARGET])
     job = Job(method, Case(classifier, image, TARGET, known_score=score, **case), smoothing)
-    return Engine(classifier, pack=7).run([job])[0].result.map
+    return Engine(classifier, pack=7).run([job])[0].value.map
 
 
 def relative_difference(found, expected):

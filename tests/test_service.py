@@ -1,15 +1,19 @@
-"""The service between TorchServe and the engine: time runs out for whom it must, and for nobody else."""
+"""The straight line from a request to its answer: time runs out for whom it must, and for nobody else."""
 
 import base64
 import json
+import time
 
 import pytest
 import torch
 from conftest import small_cnn
-from live import picture
+from live import picture, white
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.serving.service import Row, Service
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.serving import service as service_module
+from torchserve_explain.serving.in_flight import InFlight
+from torchserve_explain.serving.service import RawRequest, Service
 from torchserve_explain.serving.settings import Settings
 
 CONFIG = {
@@ -18,6 +22,9 @@ CONFIG = {
     "responseTimeout": 100,
     "explanations": {"limits": {"seconds": 50}},
 }
+PREDICTION = {"data": picture()}
+EXPLANATION = {"data": picture(), "method": b"sensitivity"}
+ASKED = {"explain": "True"}
 
 
 @pytest.fixture
@@ -28,42 +35,115 @@ def service():
     return Service(classifier, [], settings, {"name": "small", "version": "1.0"})
 
 
-def statuses(service, monkeypatch, times, rows):
-    """Answer rows on a clock that shows `times`, and then the last of them for ever."""
-    clock = iter(times)
-    last = times[-1]
-    monkeypatch.setattr("torchserve_explain.serving.service.time.monotonic", lambda: next(clock, last))
-    return [exchange.answer.status for exchange in service.answer(rows)]
+def predict(data=PREDICTION, **when):
+    return RawRequest(data, {}, **when)
 
 
-PREDICTION = Row({"data": picture()}, {})
-EXPLANATION = Row({"data": picture(), "method": b"sensitivity"}, {"explain": "True"})
+def explain(data=EXPLANATION, headers=ASKED, **when):
+    return RawRequest(data, headers, **when)
 
 
-def test_decoding_that_takes_too_long_is_cut_short(service, monkeypatch):
-    assert statuses(service, monkeypatch, [0, 0, 51], [PREDICTION, PREDICTION]) == [200, 504]
+def answers(service, *raws, classifier=None):
+    """Return the answers to requests that are in flight together."""
+    in_flight = InFlight(service, Engine(classifier or service._classifier, 8), 0.05)
+    found = in_flight.answer_all({str(index): lambda raw=raw: raw for index, raw in enumerate(raws)})
+    return [found[str(index)] for index in range(len(raws))]
 
 
-def test_answers_that_would_come_after_the_worker_is_killed_are_not_drawn(service, monkeypatch):
-    assert statuses(service, monkeypatch, [0, 0, 0, 10, 76], [PREDICTION, EXPLANATION]) == [200, 504]
+def test_a_request_whose_time_is_over_is_a_504_and_its_neighbour_is_answered(service):
+    late, fine = answers(service, explain(arrived=time.monotonic() - 51), explain())
+    assert late.status == 504 and b"out of time" in late.body
+    assert fine.status == 200
+
+
+def test_a_client_may_ask_for_less_time_and_not_for_more(service, monkeypatch):
+    slow = service_module.read_picture
+
+    def decode(*arguments):
+        time.sleep(0.3)
+        return slow(*arguments)
+
+    monkeypatch.setattr(service_module, "read_picture", decode)
+    late, fine, refused = answers(
+        service,
+        explain(EXPLANATION | {"timeout": b"0.1"}),
+        explain(EXPLANATION | {"timeout": b"40"}),
+        explain(EXPLANATION | {"timeout": b"51"}),
+    )
+    assert [late.status, fine.status, refused.status] == [504, 200, 400]
+    assert b"at most the archive's 50" in refused.body
 
 
 def test_a_fault_of_ours_is_told_without_its_details(service, monkeypatch):
-    monkeypatch.setattr("torchserve_explain.serving.service.Told", lambda *_: 1 / 0)
-    failed, fine = (exchange.answer for exchange in service.answer([EXPLANATION, PREDICTION]))
+    monkeypatch.setattr(service_module, "Report", lambda *_: 1 / 0)
+    failed, fine = answers(service, explain(), predict())
     assert failed.status == 500 and b"log" in failed.body and b"division" not in failed.body
     assert fine.status == 200
 
 
-def test_a_model_that_answers_nan_is_a_500_and_never_nan_in_json(service, monkeypatch):
-    monkeypatch.setattr(service._engine, "logits", lambda inputs: torch.full((len(inputs), 5), float("nan")))
-    for exchange in service.answer([PREDICTION, EXPLANATION]):
-        assert exchange.answer.status == 500 and b"NaN" not in exchange.answer.body
+@pytest.mark.parametrize("fails", [MemoryError("no memory"), RuntimeError("a fault")], ids=["memory", "fault"])
+@pytest.mark.parametrize("step", ["read_request", "read_picture", "try_it_page"])
+def test_whatever_fails_on_the_way_is_the_answer_of_that_request_alone(service, monkeypatch, fails, step):
+    real = getattr(service_module, step)
+
+    def failing(*arguments, **options):
+        if step == "try_it_page" or b"guilty" in str(arguments[0]).encode():
+            raise fails
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(service_module, step, failing)
+    guilty = explain({"body": b""}, ASKED) if step == "try_it_page" else explain({"data": b"guilty"})
+    failed, fine = answers(service, guilty, explain())
+    assert failed.status == (503 if isinstance(fails, MemoryError) else 500)
+    assert fine.status == 200
+
+
+def test_a_model_that_answers_nan_is_a_500_and_never_nan_in_json(service):
+    with torch.no_grad():
+        service._classifier._model.head.bias.fill_(float("nan"))
+    for answer in answers(service, predict(), explain()):
+        assert answer.status == 500 and b"NaN" not in answer.body
+
+
+def test_a_forward_that_raises_for_one_image_fails_its_request_alone(service, monkeypatch):
+    """The pass that they share is repeated for each of them."""
+    logits, calls = service._classifier._model.forward, []
+
+    def forward(x):
+        calls.append(len(x))
+        if bool((x.amin((1, 2, 3)) > 2).any()):  # the white image
+            raise RuntimeError("a fault of the user's own forward")
+        return logits(x)
+
+    monkeypatch.setattr(service._classifier._model, "forward", forward)
+    failed, *fine = answers(service, predict({"data": white()}), predict(), explain())
+    assert failed.status == 500 and [answer.status for answer in fine] == [200, 200]
+    assert max(calls) > 1  # they did share one
+
+
+def test_explanations_beyond_their_places_are_refused_at_once_and_predictions_are_not(service):
+    service._places = 2
+    found = answers(service, explain(), explain(), explain(), predict())
+    assert sorted(answer.status for answer in found[:3]) == [200, 200, 503] and found[3].status == 200
+    (refused,) = (answer for answer in found if answer.status == 503)
+    assert refused.headers == {"Retry-After": "1"} and b"at most 2" in refused.body
+    assert answers(service, explain())[0].status == 200  # the places are free again
+
+
+def test_what_an_answer_took_is_told_to_the_host(service):
+    explained, predicted, page, refused = answers(
+        service, explain(EXPLANATION | {"quality": b"deletion"}), predict(), explain({"body": b""}), predict({"data": b"x"})
+    )
+    assert [a.kind for a in (explained, predicted, page, refused)] == ["explanation", "prediction", "page", "refused"]
+    (explanation,) = explained.explanations
+    assert explanation.evaluations == 1 + 51  # the quality's rows among them
+    assert all(answer.seconds > 0 for answer in (explained, predicted, page, refused))
+    assert all(seconds > 0 for seconds in service.stage_seconds.values())
 
 
 def test_an_answer_larger_than_torchserve_can_carry_is_refused(service):
-    service._limits = service._limits.model_copy(update={"answer_bytes": 1000})
-    large, small = (exchange.answer for exchange in service.answer([EXPLANATION, PREDICTION]))
+    service.limits = service.limits.model_copy(update={"answer_bytes": 1000})
+    large, small = answers(service, explain(), predict())
     assert large.status == 422 and b"bytes" in large.body
     assert small.status == 200
 
@@ -71,65 +151,58 @@ def test_an_answer_larger_than_torchserve_can_carry_is_refused(service):
 def test_predictions_refuse_every_unknown_parameter_and_take_null_as_not_given(service):
     encoded = base64.b64encode(picture()).decode()
     bodies = [{"top_k": 3, "bogus": 1}, {"bogus": 1, "top_k": 3}, {"top_k": None}]
-    answers = [e.answer for e in service.answer([Row({"body": {"data": encoded} | body}, {}) for body in bodies])]
-    assert [answer.status for answer in answers] == [400, 400, 200]
-    assert len(json.loads(answers[2].body)) == 5
+    found = answers(service, *(predict({"body": {"data": encoded} | body}) for body in bodies))
+    assert [answer.status for answer in found] == [400, 400, 200]
+    assert len(json.loads(found[2].body)) == 5
 
 
 def test_the_accept_header_says_nothing_to_kserve(service):
     instances = {"instances": [{"data": base64.b64encode(picture()).decode(), "method": "sensitivity"}]}
-    (exchange,) = service.answer([Row({"body": instances}, {"explain": "True", "Accept": "text/html"})])
-    assert exchange.answer.status == 200 and exchange.answer.content_type == "application/json"
+    (answer,) = answers(service, explain({"body": instances}, ASKED | {"Accept": "text/html"}))
+    assert answer.status == 200 and answer.content_type == "application/json"
 
 
 def test_more_maps_than_can_be_drawn_in_time_are_refused(service):
     fields = {"method": b",".join([b"sensitivity"] * 20), "target": b"0,1,2,3,4", "data": picture()}
-    service._planner._limits = service._limits.model_copy(update={"explanations": 99})
-    (exchange,) = service.answer([Row(fields, {"explain": "True"})])
-    assert exchange.answer.status == 422 and b"100 explanations" in exchange.answer.body
+    service._planner._limits = service.limits.model_copy(update={"explanations": 99})
+    (answer,) = answers(service, explain(fields))
+    assert answer.status == 422 and b"100 explanations" in answer.body
 
 
 def test_what_is_echoed_makes_the_same_map_again(service):
-    def explain(**fields):
-        row = Row({"data": picture(), "output": b"json"} | {k: str(v).encode() for k, v in fields.items()}, {"explain": "True"})
-        return json.loads(service.answer([row])[0].answer.body)["explanations"][0]
+    def explained(**fields):
+        data = {"data": picture(), "output": b"json"} | {k: str(v).encode() for k, v in fields.items()}
+        return json.loads(answers(service, explain(data))[0].body)["explanations"][0]
 
-    first = explain(method="gradient_shap", smoothing="smoothgrad", samples=3, values="true")
-    again = explain(method="gradient_shap", values="true", **first["parameters"])
+    first = explained(method="gradient_shap", smoothing="smoothgrad", samples=3, values="true")
+    again = explained(method="gradient_shap", values="true", **first["parameters"])
     assert first["values"] == again["values"] and first["parameters"] == again["parameters"]
 
 
 def test_the_first_client_finds_a_service_that_has_explained(service):
-    assert service.warm_up().evaluations == 17
+    assert service.warm_up(Engine(service._classifier, 8)).evaluations == 17
 
 
 def test_adaptive_paths_share_what_the_fixed_jobs_leave(service):
-    service._planner._limits = service._limits.model_copy(update={"evaluations": 300})
+    service._planner._limits = service.limits.model_copy(update={"evaluations": 300})
     image = base64.b64encode(picture()).decode()
     asked = [{"data": image, "steps": 199}, {"data": image, "max_error": 1e-9, "target": [0, 1]}]
-    (exchange,) = service.answer([Row({"body": {"instances": asked}}, {"explain": "True"})])
-    fixed, adaptive = json.loads(exchange.answer.body)["explanations"]
+    (answer,) = answers(service, explain({"body": {"instances": asked}}))
+    fixed, adaptive = json.loads(answer.body)["explanations"]
     assert [one["evaluations"] for one in fixed["explanations"]] == [200]
     assert [one["evaluations"] for one in adaptive["explanations"]] == [50, 50]
     assert all(one["completeness_error"] > 1e-9 for one in adaptive["explanations"])
 
 
-def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(service, monkeypatch):
-    fields = {"data": picture(), "method": b"sensitivity", "quality": b"all", "output": b"json"}
-    run, calls = service._engine.run, []
-
-    def late(works, deadline):
-        calls.append(len(works))
-        return run(works, deadline if len(calls) == 1 else 0.0)
-
-    monkeypatch.setattr(service._engine, "run", late)
-    for output in (b"json", b"html"):
-        calls.clear()
-        (exchange,) = service.answer([Row(fields | {"output": output}, {"explain": "True"})])
-        assert exchange.answer.status == 200 and calls == [1, 4]
-        if output == b"json":
-            (one,) = json.loads(exchange.answer.body)["explanations"]
-            assert set(one["quality"].values()) == {None} and len(one["quality"]) == 4
-            assert all("out of time" in details["reason"] for details in one["quality_details"].values())
-        else:
-            assert exchange.answer.body.count(b"not measured: out of time") == 4
+@pytest.mark.parametrize("output", [b"json", b"html"])
+def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(service, monkeypatch, output):
+    monkeypatch.setattr(service_module, "QUALITY_SHARE", 0.0)
+    fields = {"data": picture(), "method": b"sensitivity", "quality": b"all", "output": output}
+    (answer,) = answers(service, explain(fields))
+    assert answer.status == 200
+    if output == b"json":
+        (one,) = json.loads(answer.body)["explanations"]
+        assert set(one["quality"].values()) == {None} and len(one["quality"]) == 4
+        assert all("out of time" in details["reason"] for details in one["quality_details"].values())
+    else:
+        assert answer.body.count(b"not measured: out of time") == 4

@@ -189,4 +189,4 @@ def test_rows_that_want_sums_share_passes_with_rows_that_want_each():
     jobs = [Job(method, case) for case in cases for method in methods]
     together = Engine(classifier, 6).results(jobs)
     for job, found in zip(jobs, together, strict=True):
-        torch.testing.assert_close(found.result.map, Engine(classifier, 100).results([job])[0].result.map)
+        torch.testing.assert_close(found.value.map, Engine(classifier, 100).results([job])[0].value.map)

@@ -38,7 +38,7 @@ def case_of(classifier, image, **options):
 
 def explained(method, case):
     (outcome,) = Engine(case.classifier, 7).run([Job(method, case)])
-    return outcome.result
+    return outcome.value
 
 
 def weights_of(attribution, regions):
@@ -201,4 +201,4 @@ def test_xrai_keeps_the_sum_and_the_cost_of_its_path(classifier, image):
     (plain,) = Engine(classifier, 7).run([Job(path, case)])
     (regions,) = Engine(classifier, 7).run([Job(Xrai(steps=12), case)])
     assert regions.evaluations == plain.evaluations
-    assert float(regions.result.map.sum()) == pytest.approx(float(plain.result.map.sum()))
+    assert float(regions.value.map.sum()) == pytest.approx(float(plain.value.map.sum()))

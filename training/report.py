@@ -113,7 +113,7 @@ def overlay(engine: Engine, picture: Picture, target: int, method: str) -> str:
 
 def explain(engine: Engine, jobs: Sequence[Job]) -> list[Map]:
     """Return the maps [H, W] of jobs; raises what the engine cannot explain."""
-    return [finished.result.map.sum(0).float().cpu().numpy() for finished in engine.results(jobs)]
+    return [finished.value.map.sum(0).float().cpu().numpy() for finished in engine.results(jobs)]
 
 
 def encoded(image: Image.Image) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchserve_explain.archive import ABOUT, CONFIG, LABELS, WEIGHTS, Archive, about
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.network import MODEL, read_labels
@@ -145,9 +146,7 @@ def check(stage: Path) -> None:
     try:
         archive = Archive.load(stage)
         service = Service(archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"})
-        outcome = service.warm_up()
-        if isinstance(outcome, Exception):
-            raise outcome
+        service.warm_up(Engine(archive.classifier, service.limits.pack))
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise ArchiveError(str(error) or type(error).__name__) from error
     for method, why in service.refused.items():

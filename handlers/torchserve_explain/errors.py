@@ -12,6 +12,7 @@ ExplainError
     TrainingError           what is to be trained on
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -31,11 +32,11 @@ class ExplainError(Exception):
 
 
 class RequestError(ExplainError):
-    """A request that cannot be answered: the status it gets, and why."""
+    """A request that cannot be answered: the status it gets, why, and headers that tell a client what to do."""
 
-    def __init__(self, status: HTTPStatus, message: str) -> None:
+    def __init__(self, status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers or {}
 
     def body(self) -> dict[str, Any]:
         """Return TorchServe's own form of an error."""
@@ -55,7 +56,7 @@ class OutOfMemory(AttributionError):
 
 
 class DeadlinePassed(AttributionError):
-    """The explanation would not be finished before the batch's deadline."""
+    """The explanation would not be finished before the request's deadline."""
 
 
 class NotFinite(AttributionError):

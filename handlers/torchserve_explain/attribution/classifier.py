@@ -16,7 +16,7 @@ from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
-from torchserve_explain.attribution.rows import Evaluation, Gradients, Layer, Rule, Score
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
 from torchserve_explain.attribution.stem import find_stem, passing
 from torchserve_explain.errors import Unsupported
 
@@ -103,21 +103,23 @@ class Classifier:
     def evaluate(
         self,
         inputs: Tensor,
-        targets: Sequence[int],
+        targets: Sequence[int | None],
         scores: Sequence[Score],
         *,
         gradient: bool = False,
         each: bool = True,
         layers: Sequence[str] = (),
-        rule: Rule | None = None,
+        rule: BackwardRule | None = None,
+        precise: bool = False,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
-        Without `each` the gradients to the input are known as weighted sums only. With layers alone the backward pass
-        goes no further than the first of them.
+        A target None is the predicted class; `precise` rows are never evaluated in low precision. Without `each` the
+        gradients to the input are known as weighted sums only. With layers alone the backward pass goes no further than
+        the first of them.
         """
         model = self._model if rule is None else self._changed(rule)
-        if self._narrow is not None and rule is None and not gradient:
+        if not precise and self._narrow is not None and rule is None and not gradient:
             model = self._narrow
         stem = self._stem if rule is None and gradient and not each else None
         x = self._placed(inputs).detach().requires_grad_(gradient)
@@ -126,7 +128,8 @@ class Classifier:
             passing(model, stem) as edges,
             _captured(model, layers) as outputs,
         ):
-            selected = _select(model(x.clone()), targets, scores)  # a clone, should the model work in place
+            logits = model(x.clone())  # a clone, should the model work in place
+            selected = _select(logits, targets, scores)
         early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
@@ -135,6 +138,7 @@ class Classifier:
             to_input = torch.zeros_like(x) if early is None else early
             found = Gradients(to_input, to_input, lambda gradient: gradient)
         return Evaluation(
+            logits.detach(),
             selected.detach(),
             found,
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
@@ -152,7 +156,7 @@ class Classifier:
         """Whether a gradient leads from the logits to the image."""
         return bool(self.operations)
 
-    def refusal(self, rule: Rule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
+    def refusal(self, rule: BackwardRule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
         """Return why the model cannot run rows under a rule, or None where it can.
 
         `unwanted` are operations that the rule replaces: one that is left was called in a way that it does not see.
@@ -244,9 +248,11 @@ def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
-def _select(logits: Tensor, targets: Sequence[int], scores: Sequence[Score]) -> Tensor:
+def _select(logits: Tensor, targets: Sequence[int | None], scores: Sequence[Score]) -> Tensor:
     """Return each row's score of its target [n]."""
-    index = torch.tensor(targets, device=logits.device)[:, None]
+    predicted = logits.detach().argmax(1).tolist() if None in targets else []
+    chosen_classes = [predicted[row] if target is None else target for row, target in enumerate(targets)]
+    index = torch.tensor(chosen_classes, device=logits.device)[:, None]
     chosen = logits.gather(1, index)[:, 0]
     if Score.PROBABILITY not in scores:
         return chosen

@@ -5,8 +5,9 @@ from math import isfinite
 
 import torch
 
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
-from torchserve_explain.attribution.rows import Asking, Score
+from torchserve_explain.attribution.rows import Score
 from torchserve_explain.errors import NotFinite, Unsupported
 
 
@@ -33,7 +34,7 @@ class Job:
         """How many evaluations the job takes; for an adaptive method the least."""
         return self.copies * self.method.evaluations(self.case.classifier)
 
-    def compute(self) -> Asking[Attribution]:
+    def compute(self) -> Computation[Attribution]:
         """Ask for the job's rows and return its map; raises Unsupported, NotFinite."""
         if self.case.score is Score.PROBABILITY and not self.method.explains_probability:
             raise Unsupported(f"{type(self.method).__name__} has no rule for the softmax; allowed: score=logit")
@@ -43,7 +44,7 @@ class Job:
             raise NotFinite("the model's score or its gradient is not a finite number for this image")
         return attribution
 
-    def _attribute(self) -> Asking[Attribution]:
+    def _attribute(self) -> Computation[Attribution]:
         if self.smoothing is None:
             return self.method.attribute(self.case)
         return self.smoothing.attribute(self.method, self.case)

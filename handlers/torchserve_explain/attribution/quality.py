@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchserve_explain.attribution.computation import Computation, together
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Draw, scores_into, stacked
-from torchserve_explain.attribution.rows import Asking, Score, together
+from torchserve_explain.attribution.rows import Score
 from torchserve_explain.errors import NotFinite
 
 QUALITIES: dict[str, type["Quality"]] = {}
@@ -22,7 +23,7 @@ Q = TypeVar("Q", bound=type["Quality"])
 
 
 @dataclass(frozen=True)
-class Measured:
+class QualityScore:
     """A quality's value, and the curve that it is the area of, if it is one."""
 
     value: float
@@ -41,7 +42,7 @@ class Quality:
         """Return how many rows it costs beside the repeated explanations."""
         return 0
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
         """Ask for rows and return the measure of the job's attribution."""
         raise NotImplementedError
 
@@ -63,12 +64,12 @@ class Measurement:
         """How many evaluations it takes, or the least of them."""
         return self.quality.repeats * self.job.evaluations + self.quality.rows()
 
-    def compute(self) -> Asking[Measured]:
+    def compute(self) -> Computation[QualityScore]:
         """Ask for the measure's rows and return it; raises NotFinite."""
-        measured = yield from self.quality.measure(self.job, self.attribution)
-        if not isfinite(measured.value):
+        score = yield from self.quality.measure(self.job, self.attribution)
+        if not isfinite(score.value):
             raise NotFinite("the quality of this explanation is not a finite number")
-        return measured
+        return score
 
 
 def _register(name: str) -> Callable[[Q], Q]:
@@ -96,12 +97,12 @@ class MaxSensitivity(Quality):
     def repeats(self) -> int:
         return self.samples
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
         size = float(attribution.map.norm()) or 1.0
         changes: list[float] = []
         copies = (replace(job, case=self.perturbed(job.case, k)).compute() for k in range(self.samples))
         yield from together(copies, lambda copy: changes.append(float((copy.map - attribution.map).norm()) / size))
-        return Measured(max(changes))
+        return QualityScore(max(changes))
 
     def perturbed(self, case: Case, index: int) -> Case:
         """Return the case of the image moved by perturbation number `index`."""
@@ -127,7 +128,7 @@ class Infidelity(Quality):
     def rows(self) -> int:
         return self.samples
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
         case, hidden, scores = job.case, self.baseline.image(job.case), list[float]()
 
         def without(number: int) -> Tensor:
@@ -139,7 +140,7 @@ class Infidelity(Quality):
         foretold = np.array([float((removed * self.square(case, k)).sum()) for k in range(self.samples)])
         fell = case.known_score - np.array(scores)
         beta = float(foretold @ fell) / (float(foretold @ foretold) or 1.0)
-        return Measured(float(np.mean((beta * foretold - fell) ** 2)))
+        return QualityScore(float(np.mean((beta * foretold - fell) ** 2)))
 
     def square(self, case: Case, number: int) -> Tensor:
         """Return mask `number` [1, H, W], true in a random square."""
@@ -165,7 +166,7 @@ class _Curve(Quality):
         """Return the images that the curve starts and ends with."""
         raise NotImplementedError
 
-    def measure(self, job: Job, attribution: Attribution) -> Asking[Measured]:
+    def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
         case, probabilities = replace(job.case, score=Score.PROBABILITY), list[float]()
         first, last = self.between(case)
         rank = self.rank(case, attribution)
@@ -174,7 +175,7 @@ class _Curve(Quality):
             return torch.where(rank < step * rank.numel() / self.steps, last, first)
 
         yield [case.rows(self.steps + 1, stacked(changed), scores_into(probabilities), gradient=False)]
-        return Measured(float(np.trapezoid(probabilities) / self.steps), tuple(probabilities))
+        return QualityScore(float(np.trapezoid(probabilities) / self.steps), tuple(probabilities))
 
     def rank(self, case: Case, attribution: Attribution) -> Tensor:
         """Return each pixel's place [H, W] in the order of falling values; equal ones in random order."""

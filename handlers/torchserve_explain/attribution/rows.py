@@ -5,15 +5,13 @@ selected scores gives every row its own gradient. So a method only says which ro
 to reduce them; the engine alone decides how rows of different methods and requests are packed.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 class Score(StrEnum):
@@ -23,7 +21,7 @@ class Score(StrEnum):
     PROBABILITY = "probability"
 
 
-class Rule(Protocol):
+class BackwardRule(Protocol):
     """A change of the model's layers under which a pass runs; equal rules share passes."""
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -64,8 +62,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass says of some rows: `scores` [n], their gradients, and layers by name."""
+    """What a pass says of some rows: `logits` [n, classes], `scores` [n], their gradients, and layers by name."""
 
+    logits: Tensor
     scores: Tensor
     found: Gradients | None
     layers: dict[str, Layer]
@@ -84,6 +83,7 @@ class Evaluation:
     def slice(self, start: int, stop: int) -> "Evaluation":
         """The rows `start` to `stop` alone."""
         return Evaluation(
+            self.logits[start:stop],
             self.scores[start:stop],
             None if self.found is None else self.found.slice(start, stop),
             {name: Layer(layer.activation[start:stop], layer.gradient[start:stop]) for name, layer in self.layers.items()},
@@ -91,49 +91,34 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Known:
+    """An evaluation that has been made already, and the seconds it took."""
+
+    evaluation: Evaluation
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Rows:
-    """`count` evaluations of one target's score.
+    """`count` evaluations of one target's score; `target` None is the class that the model predicts for each row.
 
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
     takes the result of rows start, start + 1, ...; every row is consumed exactly once, in order. With `summed` it
-    takes the gradients as weighted sums alone, which cost less. `passes` is how many of the model's own evaluations
-    one row costs.
+    takes the gradients as weighted sums alone, which cost less. `precise` rows are never evaluated in low precision.
+    `passes` is how many of the model's own evaluations one row costs. Where the evaluation of all rows is `known`, it
+    is consumed at once.
     """
 
     count: int
     inputs: Callable[[int, int], Tensor]
     consume: Callable[[int, Evaluation], None]
-    target: int
-    score: Score
+    target: int | None = None
+    score: Score = Score.LOGIT
     gradient: bool = True
     summed: bool = False
     layers: tuple[str, ...] = ()
-    rule: Rule | None = None
+    rule: BackwardRule | None = None
+    precise: bool = False
     passes: int = 1
-
-
-# A computation that asks for rows and goes on once all of them have been consumed.
-Asking = Generator[list[Rows], None, T]
-
-
-def together(computations: Iterable[Asking[T]], collect: Callable[[T], None], width: int = 4) -> Asking[None]:
-    """Run computations side by side, at most `width` at a time so that memory stays flat, and collect their results."""
-    waiting = iter(computations)
-    running: list[tuple[Asking[T], list[Rows]]] = []
-
-    def advance(computation: Asking[T]) -> None:
-        try:
-            running.append((computation, next(computation)))
-        except StopIteration as finished:
-            collect(finished.value)
-
-    while True:
-        while len(running) < width and (computation := next(waiting, None)) is not None:
-            advance(computation)
-        if not running:
-            return
-        yield [rows for _, asked in running for rows in asked]
-        asked_before, running = running, []
-        for computation, _ in asked_before:
-            advance(computation)
+    known: Known | None = None

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from torchserve_explain.archiver import load_archive
-from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.computation import Outcome
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
@@ -144,18 +145,18 @@ class Run:
         for name in due.names:
             yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
 
-    def _keep(self, one: Planned, outcome: Finished[Attribution] | AttributionError) -> None:
+    def _keep(self, one: Planned, outcome: Outcome[Attribution]) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
         record = self._facts(one)
         if isinstance(outcome, NotFinite):
             self._records.add(record | {FAILED: str(outcome)})
-        elif isinstance(outcome, AttributionError):
+        elif isinstance(outcome, ExplainError):
             raise outcome
         else:
             target = Class(one.job.case.target, record["target"], record["target_probability"])
             explanation = Explanation(one.job, outcome, target, self._question.parameters, one.due.picture)
             self._write(record, explanation)
-            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.result.completeness_error}
+            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.value.completeness_error}
             self._records.add(record | {"parameters": explanation.used(), "signed": one.job.signed} | cost)
 
     def _write(self, record: Record, explanation: Explanation) -> None:
@@ -212,7 +213,7 @@ def main(options: argparse.Namespace) -> int:
             raise ArchiveError(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
         run = Run(ask(archive, options.methods, options.target, dict(options.set)), options.data, out)
         run.explain(samples, options.batch)
-    except (ExplainError, OSError) as reason:
+    except (ArchiveError, RequestError, AttributionError, ValueError, OSError) as reason:
         print(f"explain: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

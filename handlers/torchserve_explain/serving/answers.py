@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,11 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from torchserve_explain.attribution.engine import Finished
+from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Attribution
-from torchserve_explain.attribution.quality import Measured, Quality
-from torchserve_explain.errors import AttributionError
+from torchserve_explain.attribution.quality import Quality, QualityScore
+from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving.capabilities import first_sentence
 from torchserve_explain.serving.images import Picture
 from torchserve_explain.serving.parameters import Parameters
@@ -42,11 +42,15 @@ NAMES = {method: name for name, method in METHODS.items()}
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes back to a client."""
+    """What goes back to a client, and the explanations that it tells of."""
 
     body: bytes
     content_type: str
     status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "refused"  # or prediction, explanation, page
+    explanations: Sequence["Explanation"] = ()
+    seconds: float = 0.0  # since the request came
 
 
 @dataclass(frozen=True)
@@ -67,21 +71,27 @@ class Explanation:
     """One finished map of one request, ready to be told and drawn."""
 
     job: Job
-    explained: Finished[Attribution]
+    explained: Result[Attribution]
     target: Class
     parameters: Parameters
     picture: Picture
-    measured: dict[str, tuple[Quality, Finished[Measured] | AttributionError]] = field(default_factory=dict)
+    measured: dict[str, tuple[Quality, Outcome[QualityScore]]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         """The method's name."""
         return NAMES[type(self.job.method)]
 
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations it took, those of its qualities among them."""
+        measured = (outcome for _, outcome in self.measured.values() if isinstance(outcome, Result))
+        return self.explained.evaluations + sum(outcome.evaluations for outcome in measured)
+
     @cached_property
     def values(self) -> Map:
         """The map [H, W], summed over channels."""
-        return self.explained.result.map.sum(0).float().cpu().numpy()
+        return self.explained.value.map.sum(0).float().cpu().numpy()
 
     def used(self) -> dict[str, object]:
         """Return the parameters that made this map, as the method took them."""
@@ -98,7 +108,7 @@ class Explanation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of the explanation."""
-        attribution, drawn = self.explained.result, self.drawn
+        attribution, drawn = self.explained.value, self.drawn
         told: dict[str, Any] = {
             "method": self.method,
             "target": self.target.as_json() | {"score": self.job.case.known_score},
@@ -143,7 +153,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Told:
+class Report:
     """Everything that an answer to one image tells."""
 
     model: dict[str, str]
@@ -163,30 +173,30 @@ class Told:
         }
 
 
-def as_json(told: Told) -> Answer:
+def as_json(report: Report) -> Answer:
     """Answer the numbers and the pictures as JSON."""
-    return json_answer(told.as_json())
+    return json_answer(report.as_json())
 
 
-def as_png(told: Told) -> Answer:
+def as_png(report: Report) -> Answer:
     """Answer the overlay with its scale, or a labelled contact sheet of several."""
-    if len(told.explanations) == 1:
-        drawn = told.explanations[0].drawn
+    if len(report.explanations) == 1:
+        drawn = report.explanations[0].drawn
         return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
-    predicted = told.predicted
-    cells = [Cell(told.picture.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
-    cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in told.explanations]
+    predicted = report.predicted
+    cells = [Cell(report.picture.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
+    cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in report.explanations]
     return Answer(png(contact_sheet(cells)), "image/png")
 
 
-def as_npy(told: Told) -> Answer:
+def as_npy(report: Report) -> Answer:
     """Answer the maps as one float32 array [methods x targets, H, W] in NumPy's format."""
     stream = io.BytesIO()
-    np.save(stream, np.stack([explanation.values for explanation in told.explanations]), allow_pickle=False)
+    np.save(stream, np.stack([explanation.values for explanation in report.explanations]), allow_pickle=False)
     return Answer(stream.getvalue(), "application/x-npy")
 
 
-def as_html(told: Told) -> Answer:
+def as_html(report: Report) -> Answer:
     """Answer one self-contained page for a person to read or print."""
     maps = [
         {
@@ -195,13 +205,15 @@ def as_html(told: Told) -> Answer:
             "heatmap": _base64(png(explanation.drawn.heatmap)),
             "scale": _base64(png(draw_scale(explanation.drawn.scale, explanation.drawn.overlay.width))),
         }
-        for explanation in told.explanations
+        for explanation in report.explanations
     ]
-    html = _templates().get_template("report.html").render(told=told, seen=_base64(small_png(told.picture.seen)), maps=maps)
+    html = (
+        _templates().get_template("report.html").render(report=report, seen=_base64(small_png(report.picture.seen)), maps=maps)
+    )
     return Answer(html.encode(), "text/html; charset=utf-8")
 
 
-RENDERERS: dict[str, Callable[[Told], Answer]] = {"json": as_json, "png": as_png, "npy": as_npy, "html": as_html}
+RENDERERS: dict[str, Callable[[Report], Answer]] = {"json": as_json, "png": as_png, "npy": as_npy, "html": as_html}
 
 
 def json_answer(content: object, status: int = 200) -> Answer:
@@ -214,7 +226,7 @@ def describe(explanation: Explanation) -> str:
     told = f"{explanation.target.label}, {explanation.target.probability:.1%}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
-    error = explanation.explained.result.completeness_error
+    error = explanation.explained.value.completeness_error
     return told if error is None else f"{told}, completeness error {error:.1%}"
 
 
@@ -236,16 +248,16 @@ def _encoded(values: Map) -> dict[str, Any]:
     return {"dtype": stored.dtype.name, "shape": list(stored.shape), "data": _base64(stored.tobytes())}
 
 
-def _value(outcome: Finished[Measured] | AttributionError) -> float | None:
-    return None if isinstance(outcome, AttributionError) else outcome.result.value
+def _value(outcome: Outcome[QualityScore]) -> float | None:
+    return None if isinstance(outcome, ExplainError) else outcome.value.value
 
 
-def _details(quality: Quality, finished: Finished[Measured] | AttributionError) -> dict[str, Any]:
+def _details(quality: Quality, finished: Outcome[QualityScore]) -> dict[str, Any]:
     """Return what a quality was measured with, what it cost, its curve if it has one, or why it was not measured."""
-    if isinstance(finished, AttributionError):
+    if isinstance(finished, ExplainError):
         return quality.settings() | {"reason": str(finished)}
     told = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
-    curve = finished.result.curve
+    curve = finished.value.curve
     return told if curve is None else told | {"curve": [round(point, 4) for point in curve]}
 
 

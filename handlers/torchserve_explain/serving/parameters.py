@@ -72,6 +72,7 @@ class Parameters(BaseModel):
     quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
         (), description=f"one or more of {', '.join(QUALITIES)}, or 'all'", json_schema_extra={"enum": list(QUALITIES)}
     )
+    timeout: Number | None = Field(None, gt=0, description="seconds above 0, at most the archive's limits.seconds")
     seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     colormap: str | None = Field(
         None,

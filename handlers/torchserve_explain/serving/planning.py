@@ -1,60 +1,64 @@
-"""What a request asks for becomes jobs, within what the archive allows."""
+"""What a request asks for, within what the archive allows, before anything is computed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import Case, Method
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.capabilities import capability_report
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
-from torchserve_explain.serving.images import Picture
 from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters, read_parameters
 from torchserve_explain.serving.requests import Instance, Protocol, Request
 from torchserve_explain.serving.settings import Explanations
 
 
-@dataclass
-class Prepared:
-    """One image of a request, decoded, and then the model's `logits` and `probabilities` [classes] for it."""
-
-    picture: Picture
-    logits: Tensor = field(init=False)
-    probabilities: Tensor = field(init=False)
-
-    @property
-    def predicted(self) -> int:
-        """The index of the predicted class."""
-        return int(self.logits.argmax())
-
-
 @dataclass(frozen=True)
-class Plan:
-    """The jobs of one image, in the order of their explanations."""
+class Item:
+    """What is to be explained of one image: every method for every target (None: the predicted class).
 
-    prepared: Prepared
+    `budget` is how many rows a method may take that decides for itself.
+    """
+
+    image: bytes
     parameters: Parameters
-    jobs: Sequence[Job]
+    methods: Sequence[Method]
+    targets: Sequence[int | None]
+    smoothing: Smoothing | None
+    budget: int = 0
 
     @property
-    def times(self) -> int:
-        """How often each job is run: once, and anew for the qualities that repeat it."""
-        return 1 + sum(quality.repeats for quality in self.parameters.qualities().values())
+    def maps(self) -> int:
+        """How many explanations it asks for."""
+        return len(self.methods) * len(self.targets)
+
+    @property
+    def copies(self) -> int:
+        """How often each method is run for a map: for every noisy copy, and all that anew for qualities that repeat it."""
+        repeats = sum(quality.repeats for quality in self.parameters.qualities().values())
+        return (1 + repeats) * (1 if self.smoothing is None else self.smoothing.samples)
+
+    def fixed_rows(self, classifier: Classifier, adaptive: bool) -> int:
+        """Return how many rows its methods take, those that are adaptive (the least of them) or those that are not."""
+        chosen = [method for method in self.methods if method.adaptive is adaptive]
+        return self.copies * len(self.targets) * sum(method.evaluations(classifier) for method in chosen)
 
     @property
     def quality_rows(self) -> int:
-        """How many rows the qualities take beside."""
-        return len(self.jobs) * sum(quality.rows() for quality in self.parameters.qualities().values())
+        """How many rows the qualities take beside repeated explanations."""
+        return self.maps * sum(quality.rows() for quality in self.parameters.qualities().values())
+
+    @property
+    def paths(self) -> int:
+        """How often an adaptive method is run."""
+        return self.copies * len(self.targets) * sum(method.adaptive for method in self.methods)
 
 
 class Planner:
-    """Turns requests into jobs for one classifier."""
+    """Turns requests into items for one classifier."""
 
     def __init__(self, classifier: Classifier, labels: Labels, settings: Explanations) -> None:
         self.capabilities = Capabilities(classifier)
@@ -65,6 +69,7 @@ class Planner:
         parameters = read_parameters(self._defaults)
         self._methods(parameters, self.capabilities.choose(parameters.method, parameters.score))
         labels.targets(parameters.target if parameters.target is not None else 0)
+        self._check_timeout(parameters)
 
     def report(self, model: Mapping[str, str]) -> dict[str, Any]:
         """Return what clients may ask for, ready for JSON, and the arithmetic of rows without a gradient."""
@@ -73,21 +78,22 @@ class Planner:
         narrow = self._classifier.narrow or torch.float32
         return report | {"arithmetic": str(narrow).removeprefix("torch.")}
 
-    def plan(self, request: Request, images: Sequence[Prepared]) -> list[Plan]:
-        """Return a plan for each image; raises RequestError where a request asks for what is not there or not allowed."""
-        plans: list[Plan] = []
-        for place, (instance, prepared) in enumerate(zip(request.instances, images, strict=True)):
-            with request.naming(place):
-                plans.append(self._plan_one(request, instance, prepared))
-        return self._within_budget(plans)
+    def items(self, request: Request) -> list[Item]:
+        """Return what is to be explained of each image; raises RequestError for what is not there or not allowed."""
+        items: list[Item] = []
+        for index, instance in enumerate(request.instances):
+            with request.naming(index):
+                items.append(self._item(request, instance))
+        return self._within_budget(items)
 
-    def _plan_one(self, request: Request, instance: Instance, prepared: Prepared) -> Plan:
+    def _item(self, request: Request, instance: Instance) -> Item:
         defaults = self._defaults if request.protocol is Protocol.PLAIN else self._defaults | {"output": "json"}
         parameters = read_parameters(defaults, request.defaults, instance.fields)
         if request.protocol is not Protocol.PLAIN and parameters.output != "json":
             raise bad_request(f"output: {shown(parameters.output)} is not for the KServe protocols; allowed: json")
+        self._check_timeout(parameters)
         names = self.capabilities.choose(parameters.method, parameters.score)
-        targets = [prepared.predicted] if parameters.target is None else self._labels.targets(parameters.target)
+        targets = [None] if parameters.target is None else self._labels.targets(parameters.target)
         for what, asked, allowed in (
             ("methods", len(names), self._limits.methods),
             ("targets", len(targets), self._limits.targets),
@@ -95,9 +101,12 @@ class Planner:
         ):
             if asked > allowed:
                 raise over_limit(f"{asked} {what} asked for; allowed: at most {allowed}")
-        methods = self._methods(parameters, names)
-        cases = [self._case(parameters, prepared, target) for target in targets]
-        return Plan(prepared, parameters, [Job(m, case, parameters.smoother()) for m in methods for case in cases])
+        return Item(instance.image, parameters, self._methods(parameters, names), targets, parameters.smoother())
+
+    def _check_timeout(self, parameters: Parameters) -> None:
+        if parameters.timeout is not None and parameters.timeout > self._limits.seconds:
+            allowed = f"a number of seconds above 0, at most the archive's {self._limits.seconds:g}"
+            raise bad_request(f"timeout: {parameters.timeout:g} is not allowed; allowed: {allowed}")
 
     def _methods(self, parameters: Parameters, names: Sequence[str]) -> list[Method]:
         return [self._checked(method) for name in names for method in parameters.methods(name)]
@@ -112,28 +121,19 @@ class Planner:
                 raise bad_request(f"layer: {shown(layer)} is not allowed: {reason}") from None
         return method
 
-    def _case(self, parameters: Parameters, prepared: Prepared, target: int) -> Case:
-        scores = prepared.logits if parameters.score is Score.LOGIT else prepared.probabilities
-        image = prepared.picture.input.to(self._classifier.device, self._classifier.dtype)
-        return Case(self._classifier, image, target, parameters.score, float(scores[target]), parameters.seed)
-
-    def _within_budget(self, plans: list[Plan]) -> list[Plan]:
+    def _within_budget(self, items: list[Item]) -> list[Item]:
         """Refuse what costs more than a request may; what the fixed rows leave is shared by the adaptive paths."""
-        jobs = [(job, plan.times) for plan in plans for job in plan.jobs]
-        if len(jobs) > self._limits.explanations:
-            raise over_limit(f"{len(jobs)} explanations asked for; allowed: at most {self._limits.explanations} a request")
-        extra, limit = sum(plan.quality_rows for plan in plans), self._limits.evaluations
-        least = extra + sum(times * job.evaluations for job, times in jobs)
+        maps = sum(item.maps for item in items)
+        if maps > self._limits.explanations:
+            raise over_limit(f"{maps} explanations asked for; allowed: at most {self._limits.explanations} a request")
+        limit = self._limits.evaluations
+        fixed = sum(item.quality_rows + item.fixed_rows(self._classifier, adaptive=False) for item in items)
+        least = fixed + sum(item.fixed_rows(self._classifier, adaptive=True) for item in items)
         if least > limit:
             raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
-        fixed = extra + sum(times * job.evaluations for job, times in jobs if not job.method.adaptive)
-        paths = sum(times * job.copies for job, times in jobs if job.method.adaptive)
+        paths = sum(item.paths for item in items)
         budget = min(self._limits.path_evaluations, (limit - fixed) // max(1, paths))
-
-        def budgeted(job: Job) -> Job:
-            return replace(job, case=replace(job.case, budget=budget))
-
-        return [replace(plan, jobs=[budgeted(job) for job in plan.jobs]) for plan in plans]
+        return [replace(item, budget=budget) for item in items]
 
 
 def top_k(instance: Instance, classes: int) -> int:

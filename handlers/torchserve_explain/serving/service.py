@@ -1,251 +1,258 @@
-"""The service: a batch of requests in, one answer for each out; a request that fails fails alone."""
+"""The service: a request in, one computation of its answer out; it knows no server."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any
+from threading import Lock
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.engine import Engine, Finished
+from torchserve_explain.attribution.computation import Computation, Piece, Result, background, results, side_by_side
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import Attribution, Case
+from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
-from torchserve_explain.errors import AttributionError, NotFinite, RequestError
-from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Told, json_answer
+from torchserve_explain.attribution.rows import Evaluation, Rows, Score
+from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite, RequestError
+from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Report, json_answer
 from torchserve_explain.serving.errors import bad_request, from_engine, over_limit, shown
-from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.page import try_it_page
 from torchserve_explain.serving.parameters import Labels
-from torchserve_explain.serving.planning import Plan, Planner, Prepared, top_k
+from torchserve_explain.serving.planning import Item, Planner, top_k
 from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 from torchserve_explain.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-LATEST = 0.75  # of responseTimeout, when the last answer of a batch may begin to be drawn
+P = ParamSpec("P")
+T = TypeVar("T")
+RETRY_AFTER = 1  # seconds, after which a place may be free
+QUALITY_SHARE = 0.9  # of a request's time; what is left draws the explanations, with or without the qualities
 
 
 @dataclass(frozen=True)
-class Row:
-    """One request as TorchServe hands it over."""
+class RawRequest:
+    """One request as a server hands it over, and when it came, in the clock's seconds."""
 
     data: Mapping[str, Any]
     headers: Mapping[str, Any]
     id: str = ""
+    arrived: float = field(default_factory=time.monotonic)
 
 
-@dataclass
-class Exchange:
-    """A request on its way through the batch; once it has failed, the steps that follow pass it by."""
+@dataclass(frozen=True)
+class Seen:
+    """An image as the model saw it: its `input` [C, H, W] on the model's device, and the classes' scores on the CPU."""
 
-    row: Row
-    request: Request = field(init=False)
-    images: list[Prepared] = field(default_factory=list)
-    plans: list[Plan] = field(default_factory=list)
-    explanations: list[list[Explanation]] = field(default_factory=list)
-    finished: Answer | None = None
-
-    @property
-    def answer(self) -> Answer:
-        """The answer, once the batch is through."""
-        assert self.finished is not None
-        return self.finished
-
-    def attempt(self, step: Callable[["Exchange"], None]) -> None:
-        """Take a step; whatever it raises becomes this request's answer, and nobody else's."""
-        if self.finished is not None:
-            return
-        try:
-            step(self)
-        except RequestError as error:
-            self.fail(error)
-        except AttributionError as error:
-            self.fail(from_engine(error))
-        except MemoryError:
-            self.fail(RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "out of memory; send a smaller image, or try again"))
-        except Exception:
-            log.exception("a request could not be answered")
-            self.fail(RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer failed inside the server; its log says why"))
-
-    def fail(self, error: RequestError) -> None:
-        """Answer the error."""
-        self.finished = json_answer(error.body(), error.status.value)
+    picture: Picture
+    input: Tensor
+    logits: Tensor
+    probabilities: Tensor
 
 
 class Service:
-    """Answers requests for one classifier; raises ValueError where labels or settings do not fit it."""
+    """Answers requests for one classifier; raises ArchiveError where labels or settings do not fit it."""
 
     def __init__(self, classifier: Classifier, labels: Sequence[str], settings: Settings, model: Mapping[str, str]) -> None:
         if labels and len(labels) != classifier.classes:
-            raise ValueError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
+            raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
+        self.limits = settings.explanations.limits
+        self._classifier = classifier
         self._labels = Labels(list(labels) or [str(index) for index in range(classifier.classes)])
         self._preprocessing = settings.preprocessing
-        self._limits, self._timeout = settings.explanations.limits, settings.responseTimeout
-        self._began = 0.0
         self._planner = Planner(classifier, self._labels, settings.explanations)
-        self._engine = Engine(classifier, self._limits.pack)
         self._model = dict(model)
+        self._places = settings.explanation_places
+        self._explaining = 0  # requests
+        self.stage_seconds = {"decode": 0.0, "draw": 0.0}  # spent so far
+        self._lock = Lock()  # several threads add to them
 
     @property
     def refused(self) -> Mapping[str, str]:
         """The methods that cannot serve the classifier, and why."""
         return self._planner.capabilities.refused
 
-    def warm_up(self) -> Finished[Attribution] | AttributionError:
+    def warm_up(self, engine: Engine) -> Result[Any]:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
-        classifier = self._engine.classifier
-        self._engine.logits([classifier.example[0]])
-        case = Case(classifier, classifier.example[0], 0, budget=17)
-        return self._engine.run([Job(IntegratedGradients(max_error=1e-9), case)])[0]
+        blank = self._classifier.example[0]
+        engine.logits([blank])
+        return engine.results([Job(IntegratedGradients(max_error=1e-9), Case(self._classifier, blank, 0, budget=17))])[0]
 
-    def answer(self, rows: Sequence[Row]) -> list[Exchange]:
-        """Answer each request as if it had come alone."""
-        self._began = time.monotonic()
-        exchanges = [Exchange(row) for row in rows]
-        for exchange in exchanges:
-            exchange.attempt(self._read)
-        self._evaluate([exchange for exchange in exchanges if exchange.finished is None])
-        for exchange in exchanges:
-            exchange.attempt(self._plan)
-        self._explain(exchanges, self._began + self._limits.seconds)
-        self._measure(exchanges, self._began + self._limits.seconds)
-        for exchange in exchanges:
-            exchange.attempt(self._respond)
-        return exchanges
+    def deadline(self, raw: RawRequest) -> float:
+        """Return when a request's time is over; it may ask for less."""
+        return raw.arrived + self.limits.seconds
 
-    def _read(self, exchange: Exchange) -> None:
-        """Read the request and decode its images."""
-        row = exchange.row
-        exchange.request = request = read_request(row.data, row.headers, row.id)
-        if len(request.instances) > self._limits.instances:
-            raise over_limit(f"{len(request.instances)} instances asked for; allowed: at most {self._limits.instances}")
-        for place, instance in enumerate(request.instances):
-            self._check_time(self._limits.seconds)
-            with request.naming(place):
-                picture = read_picture(instance.image, self._preprocessing, self._limits.pixels)
-            exchange.images.append(Prepared(picture))
-
-    def _evaluate(self, exchanges: Sequence[Exchange]) -> None:
-        """Let the model see the images of all requests together."""
-        images = [image for exchange in exchanges for image in exchange.images]
-        if not images:
-            return
+    def answer(self, raw: RawRequest) -> Computation[Answer]:
+        """Answer one request; whatever goes wrong on the way becomes its answer, and nobody else's."""
         try:
-            for image, logits in zip(images, self._engine.logits([image.picture.input for image in images]), strict=True):
-                image.logits, image.probabilities = logits, logits.softmax(0)
-        except AttributionError as error:
-            for exchange in exchanges:
-                exchange.fail(from_engine(error))
+            answer = yield from self._answer(raw)
+            if len(answer.body) > self.limits.answer_bytes:
+                raise over_limit(
+                    f"the answer has {len(answer.body)} bytes; allowed: at most {self.limits.answer_bytes}: "
+                    "ask for fewer methods, targets or values"
+                )
+        except Exception as error:
+            answer = error_answer(error)
+        return replace(answer, seconds=time.monotonic() - raw.arrived)
 
-    def _plan(self, exchange: Exchange) -> None:
-        """Check that the model has an answer, and turn an explaining request into jobs."""
-        if not all(image.logits.isfinite().all() for image in exchange.images):
-            raise NotFinite("the model's logits are not finite numbers for this image")
-        if exchange.request.explain:
-            exchange.plans = self._planner.plan(exchange.request, exchange.images)
-
-    def _explain(self, exchanges: Sequence[Exchange], deadline: float) -> None:
-        """Run the jobs of all requests together."""
-        planned = [(exchange, plan) for exchange in exchanges if exchange.finished is None for plan in exchange.plans]
-        outcomes = iter(self._engine.run([job for _, plan in planned for job in plan.jobs], deadline))
-        for exchange, plan in planned:
-            found = [next(outcomes) for _ in plan.jobs]
-            exchange.attempt(lambda exchange, plan=plan, found=found: self._collect(exchange, plan, found))  # type: ignore[misc]
-
-    def _measure(self, exchanges: Sequence[Exchange], deadline: float) -> None:
-        """Measure the qualities that requests ask for, again together; one that cannot be takes no explanation with it."""
-        asked = [
-            (explanation, name, Measurement(quality, explanation.job, explanation.explained.result))
-            for exchange in exchanges
-            if exchange.finished is None
-            for explanation in (explanation for image in exchange.explanations for explanation in image)
-            for name, quality in explanation.parameters.qualities().items()
-        ]
-        outcomes = self._engine.run([measurement for *_, measurement in asked], deadline)
-        for (explanation, name, measurement), outcome in zip(asked, outcomes, strict=True):
-            explanation.measured[name] = (measurement.quality, outcome)
-
-    def _collect(self, exchange: Exchange, plan: Plan, found: Sequence[Finished[Attribution] | AttributionError]) -> None:
-        explanations: list[Explanation] = []
-        for job, outcome in zip(plan.jobs, found, strict=True):
-            if isinstance(outcome, AttributionError):
-                raise outcome
-            target = self._class(plan.prepared, job.case.target)
-            explanations.append(Explanation(job, outcome, target, plan.parameters, plan.prepared.picture))
-        exchange.explanations.append(explanations)
-
-    def _respond(self, exchange: Exchange) -> None:
-        """Word the answer as the request's protocol and output ask."""
-        request = exchange.request
-        self._check_time(LATEST * self._timeout)
+    def _answer(self, raw: RawRequest) -> Computation[Answer]:
+        request = yield from background(read_request, raw.data, raw.headers, raw.id)
         if request.page:
-            exchange.finished = self._opened(exchange)
-        elif not request.explain:
-            pairs = zip(request.instances, exchange.images, strict=True)
-            predictions = [self._predictions(request, *pair) for pair in pairs]
-            exchange.finished = self._within_size(self._worded(request, predictions))
-        else:
-            told = [self._told(*pair) for pair in zip(exchange.images, exchange.explanations, strict=True)]
-            if request.protocol is Protocol.PLAIN:
-                answer = RENDERERS[exchange.plans[0].parameters.output](told[0])
-            else:
-                answer = self._worded(request, [one.as_json() for one in told])
-            exchange.finished = self._within_size(answer)
+            return replace((yield from background(self._opened, request, raw.headers)), kind="page")
+        if len(request.instances) > self.limits.instances:
+            raise over_limit(f"{len(request.instances)} instances asked for; allowed: at most {self.limits.instances}")
+        if not request.explain:
+            predictions = yield from self._each(request, [self._predict(request, one) for one in request.instances])
+            return replace(self._worded(request, predictions), kind="prediction")
+        with self._place():
+            return (yield from self._explanations(request, raw.arrived))
 
-    def _opened(self, exchange: Exchange) -> Answer:
-        """Answer who sent nothing: a program with what may be asked for, a person with the page that asks."""
-        report = self._planner.report(self._model)
-        if exchange.request.defaults.get("output") == "json":
-            return json_answer(report)
-        return try_it_page(report, keyed="authorization" in map(str.lower, exchange.row.headers))
+    def _explanations(self, request: Request, arrived: float) -> Computation[Answer]:
+        items = self._planner.items(request)
+        reports = yield from self._each(request, [self._explain(item, arrived) for item in items])
+        return (yield from self._timed("draw", self._told, request, items, reports))
 
-    def _check_time(self, seconds: float) -> None:
-        """Raise 504 where the batch has taken longer than that: at responseTimeout TorchServe kills the worker."""
-        if time.monotonic() - self._began > seconds:
-            raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, "the batch that the request was in has taken too long")
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Hold one of the places that explanations have; raises RequestError 503 where all are taken."""
+        if self._places is not None and self._explaining >= self._places:
+            raise RequestError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"{self._explaining} explanations are in flight; allowed: at most {self._places} at once; try again",
+                {"Retry-After": str(RETRY_AFTER)},
+            )
+        self._explaining += 1
+        try:
+            yield
+        finally:
+            self._explaining -= 1
 
-    def _predictions(self, request: Request, instance: Instance, image: Prepared) -> dict[str, float]:
+    def _timed(self, stage: str, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> Computation[T]:
+        """Run a function in the background, and add its seconds to a stage's."""
+
+        def run() -> T:
+            began = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                with self._lock:
+                    self.stage_seconds[stage] += time.perf_counter() - began
+
+        return background(run)
+
+    def _each(self, request: Request, computations: Sequence[Computation[T]]) -> Computation[list[T]]:
+        """Run a request's instances side by side; raises the first error met, which says whose it is."""
+
+        def named(index: int, computation: Computation[T]) -> Computation[T]:
+            with request.naming(index):
+                return (yield from computation)
+
+        finished = yield from results(Piece(named(*pair)) for pair in enumerate(computations))
+        return [one.value for one in finished]
+
+    def _predict(self, request: Request, instance: Instance) -> Computation[dict[str, float]]:
         """Return the top classes as TorchServe's image_classifier does: label to probability, highest first."""
         if "method" in request.defaults:
             raise bad_request(f"path: {shown(request.defaults['method'])} is not allowed; methods belong to /explanations")
-        top = image.probabilities.topk(top_k(instance, len(self._labels.names)))
+        count = top_k(instance, len(self._labels.names))
+        seen = yield from self._look(instance.image)
+        top = seen.probabilities.topk(count)
         answer: dict[str, float] = {}
         for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True):
             label = self._labels.names[index]
             answer[f"{label} ({index})" if label in answer else label] = probability  # no shared label hides a class
         return answer
 
-    def _told(self, image: Prepared, explanations: Sequence[Explanation]) -> Told:
-        top = image.probabilities.topk(min(5, len(self._labels.names))).indices.tolist()
-        return Told(
-            self._model,
-            self._class(image, image.predicted),
-            [self._class(image, index) for index in top],
-            image.picture,
-            explanations,
-        )
+    def _explain(self, item: Item, arrived: float) -> Computation[Report]:
+        """Return the explanations of one image, each measured as it is asked for."""
+        seconds = item.parameters.timeout or self.limits.seconds
+        deadline = arrived + min(seconds, self.limits.seconds)
+        (report,) = yield from results([Piece(self._explained(item, deadline))], deadline)
+        return report.value
 
-    def _class(self, image: Prepared, index: int) -> Class:
-        return Class(index, self._labels.names[index], float(image.probabilities[index]))
+    def _explained(self, item: Item, deadline: float) -> Computation[Report]:
+        seen = yield from self._look(item.image)
+        predicted = int(seen.logits.argmax())
+        targets = [predicted if target is None else target for target in item.targets]
+        jobs = [Job(method, self._case(item, seen, target), item.smoothing) for method in item.methods for target in targets]
+        patience = QUALITY_SHARE * (deadline - time.monotonic())
+        pieces = [Piece(self._explanation(job, item, seen, time.monotonic() + patience), job.evaluations) for job in jobs]
+        explanations = yield from results(pieces)
+        top = seen.probabilities.topk(min(5, len(self._labels.names))).indices.tolist()
+        classes = [self._class(seen, index) for index in top]
+        return Report(self._model, self._class(seen, predicted), classes, seen.picture, [one.value for one in explanations])
 
-    def _worded(self, request: Request, results: Sequence[Mapping[str, Any]]) -> Answer:
-        """Word JSON results as the request's protocol does."""
+    def _explanation(self, job: Job, item: Item, seen: Seen, quality_deadline: float) -> Computation[Explanation]:
+        """Return one map; a quality that cannot be measured takes no explanation with it."""
+        (explained,) = yield from results([job])
+        qualities = item.parameters.qualities()
+        works = [Measurement(quality, job, explained.value) for quality in qualities.values()]
+        outcomes = yield from side_by_side(works, quality_deadline)
+        measured = {name: (qualities[name], outcome) for name, outcome in zip(qualities, outcomes, strict=True)}
+        return Explanation(job, explained, self._class(seen, job.case.target), item.parameters, seen.picture, measured)
+
+    def _look(self, image: bytes) -> Computation[Seen]:
+        """Decode an image and let the model see it; raises NotFinite where the model has no answer."""
+        picture = yield from self._timed("decode", read_picture, image, self._preprocessing, self.limits.pixels)
+        placed = picture.input.to(self._classifier.device, self._classifier.dtype)
+        found: list[Evaluation] = []
+        yield [Rows(1, lambda _start, _stop: placed[None], lambda _start, one: found.append(one), gradient=False, precise=True)]
+        logits = found[0].logits[0].cpu()
+        if not logits.isfinite().all():
+            raise NotFinite("the model's logits are not finite numbers for this image")
+        return Seen(picture, placed, logits, logits.softmax(0))
+
+    def _case(self, item: Item, seen: Seen, target: int) -> Case:
+        parameters = item.parameters
+        scores = seen.logits if parameters.score is Score.LOGIT else seen.probabilities
+        known = float(scores[target])
+        return Case(self._classifier, seen.input, target, parameters.score, known, parameters.seed, budget=item.budget)
+
+    def _class(self, seen: Seen, index: int) -> Class:
+        return Class(index, self._labels.names[index], float(seen.probabilities[index]))
+
+    def _opened(self, request: Request, headers: Mapping[str, Any]) -> Answer:
+        """Answer who sent nothing: a program with what may be asked for, a person with the page that asks."""
+        report = self._planner.report(self._model)
+        if request.defaults.get("output") == "json":
+            return json_answer(report)
+        return try_it_page(report, keyed="authorization" in map(str.lower, headers))
+
+    def _told(self, request: Request, items: Sequence[Item], reports: Sequence[Report]) -> Answer:
+        """Draw the explanations and word them as the request's protocol and output ask."""
+        if request.protocol is Protocol.PLAIN:
+            answer = RENDERERS[items[0].parameters.output](reports[0])
+        else:
+            answer = self._worded(request, [report.as_json() for report in reports])
+        explanations = [one for report in reports for one in report.explanations]
+        return replace(answer, kind="explanation", explanations=explanations)
+
+    def _worded(self, request: Request, values: Sequence[Mapping[str, Any]]) -> Answer:
+        """Word JSON values as the request's protocol does."""
         name = "explanations" if request.explain else "predictions"
         if request.protocol is Protocol.PLAIN:
-            return json_answer(results[0])
+            return json_answer(values[0])
         if request.protocol is Protocol.KSERVE_V1:
-            return json_answer({name: results})
-        data = [json_answer(result).body.decode() for result in results]  # what a BYTES tensor holds is text
+            return json_answer({name: values})
+        data = [json_answer(value).body.decode() for value in values]  # what a BYTES tensor holds is text
         output = {"name": name, "datatype": "BYTES", "shape": [len(data)], "data": data}
         model = {"model_name": self._model["name"], "model_version": self._model["version"]}
         return json_answer({**model, "id": request.id, "outputs": [output]})
 
-    def _within_size(self, answer: Answer) -> Answer:
-        if len(answer.body) > self._limits.answer_bytes:
-            raise over_limit(
-                f"the answer has {len(answer.body)} bytes; allowed: at most {self._limits.answer_bytes}: "
-                "ask for fewer methods, targets or values"
-            )
-        return answer
+
+def error_answer(error: Exception) -> Answer:
+    """Word an error; what is no fault of the client's is logged, and not told in detail."""
+    if isinstance(error, AttributionError):
+        error = from_engine(error)
+    elif isinstance(error, MemoryError):
+        error = RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "out of memory; send a smaller image, or try again")
+    elif not isinstance(error, RequestError):
+        log.error("a request could not be answered", exc_info=error)
+        error = RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer failed inside the server; its log says why")
+    return replace(json_answer(error.body(), error.status.value), headers=error.headers)

@@ -11,6 +11,9 @@ from torchserve_explain.errors import ArchiveError
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
+EXPLANATIONS_SHARE = 0.75  # of the places in flight
+
+
 class Section(BaseModel):
     """Settings are read-only, and a misspelt key is an error."""
 
@@ -52,7 +55,7 @@ class Preprocessing(Section):
 
 
 class Limits(Section):
-    """What one request may ask for (422 or 413 beyond it), and what the worker spends on a batch."""
+    """What one request may ask for (422 or 413 beyond it), and what the worker spends on it."""
 
     evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
@@ -64,7 +67,8 @@ class Limits(Section):
     pixels: PositiveInt = 50_000_000  # of a decoded image
     answer_bytes: PositiveInt = 6_000_000  # TorchServe's max_response_size kills the worker beyond 6,553,500
     pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
-    seconds: PositiveFloat = 60.0  # a batch; below responseTimeout, which kills the worker
+    quantum: PositiveInt = 60  # milliseconds that a pass may take while other requests wait
+    seconds: PositiveFloat = 60.0  # a request, from its arrival in the worker; below responseTimeout, which kills the worker
 
 
 class Explanations(Section):
@@ -101,6 +105,11 @@ class Settings(BaseModel):
     useJobTicket: bool = False  # noqa: N815
     asyncCommunication: bool = False  # noqa: N815
     sequenceBatching: bool = False  # noqa: N815
+
+    @property
+    def explanation_places(self) -> int | None:
+        """How many of the places in flight explanations may hold, so that predictions find one; None: all of a batch."""
+        return max(1, int(EXPLANATIONS_SHARE * self.batchSize)) if self.continuousBatching else None
 
     @model_validator(mode="after")
     def _deadline_before_timeout(self) -> "Settings":

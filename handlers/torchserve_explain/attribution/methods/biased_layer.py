@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.gradient import input_gradient, squared_norm
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
-from torchserve_explain.attribution.rows import Asking
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -75,7 +75,7 @@ class BiasedLayer(Method):
         """Relevance has a sign, a squared norm has none."""
         return self.reduction is Reduction.RELEVANCE
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         gradient = yield from input_gradient(case, BiasedLayers(self.gamma))
         relevance = self.reduction is Reduction.RELEVANCE
         return Attribution(case.input * gradient if relevance else squared_norm(gradient))

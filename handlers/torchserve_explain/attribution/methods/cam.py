@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register, scores_into, stacked
-from torchserve_explain.attribution.rows import Asking, Evaluation, Layer, Rows
+from torchserve_explain.attribution.rows import Evaluation, Layer, Rows
 from torchserve_explain.errors import Unsupported
 
 
@@ -21,7 +22,7 @@ class Cam(Method):
 
     layer: str = "last"
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         found: list[Layer] = []
         yield [layer_row(case, self.layer, found)]
         return Attribution(enlarged(self.combined(found[0]).relu(), case.input))
@@ -95,7 +96,7 @@ class ScoreCam(Cam):
     def evaluations(self, classifier: Classifier) -> int:
         return 1 + min(self.samples, classifier.spatial_layers[classifier.grid_layer(self.layer)].channels)
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         found: list[Layer] = []
         yield [layer_row(case, self.layer, found)]
         activation = found[0].activation[0]

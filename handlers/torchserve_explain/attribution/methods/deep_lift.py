@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import known_error
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register, scores_into
-from torchserve_explain.attribution.rows import Asking, Evaluation
+from torchserve_explain.attribution.rows import Evaluation
 
 RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two", "Sub of two"}
 
@@ -103,7 +104,7 @@ class DeepLift(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return 3  # image and baseline side by side, and the baseline's score
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         baseline = self.baseline.image(case)
         found: list[Tensor] = []
         ends: list[float] = []

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
-from torchserve_explain.attribution.rows import Asking, Evaluation, Rows, Rule
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Rows
 
 
-def gradient_row(case: Case, found: list[Tensor], rule: Rule | None = None) -> Rows:
+def gradient_row(case: Case, found: list[Tensor], rule: BackwardRule | None = None) -> Rows:
     """Ask for one row's gradient [C, H, W] of the case's score with respect to its input, to be put into `found`."""
 
     def keep(_start: int, evaluation: Evaluation) -> None:
@@ -18,7 +19,7 @@ def gradient_row(case: Case, found: list[Tensor], rule: Rule | None = None) -> R
     return case.rows(1, lambda _start, _stop: case.input[None], keep, rule=rule)
 
 
-def input_gradient(case: Case, rule: Rule | None = None) -> Asking[Tensor]:
+def input_gradient(case: Case, rule: BackwardRule | None = None) -> Computation[Tensor]:
     """Ask for the gradient [C, H, W] of the case's score with respect to its input."""
     found: list[Tensor] = []
     yield [gradient_row(case, found, rule)]
@@ -40,7 +41,7 @@ class Saliency(Method):
 
     signed: ClassVar[bool] = False
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         gradient = yield from input_gradient(case)
         return Attribution(gradient.abs())
 
@@ -53,7 +54,7 @@ class InputXGradient(Method):
     map = x * dF/dx, signed; arXiv:1605.01713, section 2.
     """
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         gradient = yield from input_gradient(case)
         return Attribution(case.input * gradient)
 
@@ -68,6 +69,6 @@ class Sensitivity(Method):
 
     signed: ClassVar[bool] = False
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         gradient = yield from input_gradient(case)
         return Attribution(squared_norm(gradient))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.functions import Call, replacing
 from torchserve_explain.attribution.methods.cam import GradCam, enlarged, layer_row
 from torchserve_explain.attribution.methods.gradient import gradient_row, input_gradient
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
-from torchserve_explain.attribution.rows import Asking, Layer
+from torchserve_explain.attribution.rows import Layer
 
 RELUS = ("relu", "relu6", "hardtanh")
 
@@ -47,7 +48,7 @@ class GuidedBackprop(Guided):
     arXiv:1412.6806, section 3.4; signed. Other activations keep their own gradient.
     """
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         gradient = yield from input_gradient(case, GuidedRelus())
         return Attribution(gradient)
 
@@ -65,7 +66,7 @@ class GuidedGradCam(Guided):
     def evaluations(self, classifier: Classifier) -> int:
         return 2
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         found: list[Layer] = []
         guided: list[Tensor] = []
         yield [layer_row(case, self.layer, found), gradient_row(case, guided, GuidedRelus())]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, LINEAR_NODES, Call, replacing, surrogate
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, register
-from torchserve_explain.attribution.rows import Asking, Evaluation
+from torchserve_explain.attribution.rows import Evaluation
 from torchserve_explain.errors import Unsupported
 
 RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two"}
@@ -210,7 +211,7 @@ class LayerwiseRelevance(Method):
 
     composite: Composite = Composite.EPSILON_PLUS
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         found: list[Tensor] = []
 
         def keep(_start: int, evaluation: Evaluation) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.rows import Asking, Evaluation, Rows, Score
+from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.rows import Evaluation, Rows, Score
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -102,7 +103,7 @@ class Method:
         """Return how many evaluations one map costs; for an adaptive method the least."""
         return 1
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         """Ask for rows and return the map."""
         raise NotImplementedError
 

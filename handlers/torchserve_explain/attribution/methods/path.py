@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error, known_error
 from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
-from torchserve_explain.attribution.rows import Asking, Evaluation, Rows
+from torchserve_explain.attribution.rows import Evaluation, Rows
 
 FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
@@ -41,7 +42,7 @@ class IntegratedGradients(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return FIRST_INTERVALS + 1 if self.steps is None else self.steps + 1  # with the baseline's score
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         path = _Path(case, self.baseline.image(case))
         if self.steps is not None:
             return (yield from path.gauss_legendre(self.steps))
@@ -56,7 +57,7 @@ class _Path:
         self._baseline = baseline
         self._step = case.input - baseline
 
-    def gauss_legendre(self, steps: int) -> Asking[Attribution]:
+    def gauss_legendre(self, steps: int) -> Computation[Attribution]:
         """Integrate with fixed nodes; memory does not grow with their number."""
         nodes, weights = (torch.from_numpy(v).to(self._step) for v in np.polynomial.legendre.leggauss(steps))
         nodes, weights = (nodes + 1) / 2, weights / 2  # from [-1, 1] to [0, 1]
@@ -71,7 +72,7 @@ class _Path:
         attribution = self._step * total
         return Attribution(attribution, ends[0], known_error(attribution, self._case, ends[0]))
 
-    def bisected(self, max_error: float) -> Asking[Attribution]:
+    def bisected(self, max_error: float) -> Computation[Attribution]:
         """Refine the intervals that err most; completeness holds on each, so each tells its own error."""
         nodes = [_Node(i / FIRST_INTERVALS) for i in range(FIRST_INTERVALS + 1)]
         yield [self._measure(nodes)]
@@ -157,7 +158,7 @@ class GradientShap(Method):
     def _baselines(self) -> int:
         return self.samples if self.baseline is Baseline.NOISE else 1
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         fixed = self.baseline.image(case)
         # One random offset for evenly spaced points: as unbiased as free draws of u, and they err less.
         offset = case.draw(Draw.PATH, 0).random()

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, register, scores_into, stacked
-from torchserve_explain.attribution.rows import Asking, Evaluation
+from torchserve_explain.attribution.rows import Evaluation
 
 CELLS = 7  # across a random mask
 WINDOWS = 8  # side by side across the image; each is moved by half its side
@@ -33,7 +34,7 @@ class Occlusion(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return (2 * WINDOWS - 1) ** 2 + 1
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         windows = _windows(*case.input.shape[-2:])
         hidden = self.baseline.image(case)
         left, covered = (torch.zeros_like(case.input[:1]) for _ in range(2))
@@ -86,7 +87,7 @@ class Rise(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         hidden = self.baseline.image(case)
         shown, score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
         scores: list[float] = []

@@ -5,8 +5,8 @@ from enum import StrEnum
 
 from torch import Tensor, zeros_like
 
+from torchserve_explain.attribution.computation import Computation, together
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
-from torchserve_explain.attribution.rows import Asking, together
 
 
 class Kind(StrEnum):
@@ -33,7 +33,7 @@ class Smoothing:
         """Whether the smoothed map can be negative."""
         return self.kind is Kind.SMOOTHGRAD and method.signed
 
-    def attribute(self, method: Method, case: Case) -> Asking[Attribution]:
+    def attribute(self, method: Method, case: Case) -> Computation[Attribution]:
         """Ask for the rows of every copy and return the reduced map; completeness does not carry over to it."""
         moments = Moments()
         copies = (method.attribute(case.noisy(k, self.stdev)) for k in range(self.samples))

@@ -10,6 +10,7 @@ from skimage.segmentation import slic
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error
 from torchserve_explain.attribution.methods.method import (
@@ -22,7 +23,7 @@ from torchserve_explain.attribution.methods.method import (
     scores_into,
     stacked,
 )
-from torchserve_explain.attribution.rows import Asking, Rows
+from torchserve_explain.attribution.rows import Rows
 
 SEGMENTS = 50  # about; SLIC decides
 KERNEL_WIDTH = 0.25  # of LIME's kernel, in cosine distance
@@ -74,7 +75,7 @@ class Lime(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         regions = Superpixels(case, self.baseline)
         draw = case.draw(Draw.COALITION, 0)
         coalitions = (draw.random((self.samples, regions.count)) < 0.5).astype(float)
@@ -112,7 +113,7 @@ class KernelShap(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples + 2  # all regions, and none
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         regions = Superpixels(case, self.baseline)
         drawn = shapley_coalitions(regions.count, self.samples, case.draw(Draw.COALITION, 0))
         ends = np.stack([np.ones(regions.count), np.zeros(regions.count)])

@@ -11,10 +11,10 @@ from skimage.morphology import isotropic_dilation
 from skimage.segmentation import felzenszwalb
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method, pixels_of, register
 from torchserve_explain.attribution.methods.path import IntegratedGradients
-from torchserve_explain.attribution.rows import Asking
 
 SCALES = (50, 100, 150, 250, 500, 1200)  # of Felzenszwalb's segmentation, for pixels from -1 to 1
 SMALLEST, MARGIN = 150, 5  # a segment's pixels, and how far it is widened, in an image of 224 x 224
@@ -48,7 +48,7 @@ class Xrai(Method):
     def evaluations(self, classifier: Classifier) -> int:
         return self.path.evaluations(classifier)
 
-    def attribute(self, case: Case) -> Asking[Attribution]:
+    def attribute(self, case: Case) -> Computation[Attribution]:
         gradients = yield from self.path.attribute(case)
         density = gathered(gradients.map.sum(0).double().cpu().numpy(), segments(case))
         return Attribution(torch.from_numpy(density).to(case.input)[None])

@@ -1,0 +1,117 @@
+"""Policy: whose rows go first, how many ride in a pass, and when time does not suffice any more."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import Any
+
+from torchserve_explain.attribution.rows import Rows
+from torchserve_explain.attribution.tasks import Task
+
+AGEING = 4  # one pass in so many belongs to the request that has waited longest, so that nothing starves
+LEARNING = 0.5  # weight of the newest pass in what a row is expected to take
+MEASURED = 3  # passes that must have been measured before they make anything certain
+GROWING = 50  # passes that must fit before a halved pack is tried at twice the size
+
+Kind = tuple[bool, Any, bool]
+
+
+class Pace:
+    """How long a row of one kind takes, learnt from passes of that kind."""
+
+    def __init__(self) -> None:
+        self.row_seconds: float | None = None
+        self._recent: deque[tuple[float, float]] = deque(maxlen=64)  # when a pass ended, and its seconds a row
+
+    def learn(self, now: float, rows: int, seconds: float) -> None:
+        """Take a pass into account."""
+        latest = seconds / rows
+        known = latest if self.row_seconds is None else self.row_seconds
+        self.row_seconds = known + LEARNING * (latest - known)
+        self._recent.append((now, latest))
+
+    def rows_within(self, seconds: float, most: int) -> int:
+        """Return how many rows fit into a time: at least one, and only one while nothing is known."""
+        if seconds == inf:
+            return most
+        return max(1, min(most, int(seconds / self.row_seconds))) if self.row_seconds else 1
+
+    def fastest_since(self, moment: float) -> float:
+        """Return the least seconds a row of the passes since a moment; 0 where too few have been measured."""
+        since = [latest for ended, latest in self._recent if ended > moment]
+        return min(since) if len(since) >= MEASURED else 0.0
+
+
+class Paces:
+    """The pace of each kind of rows."""
+
+    def __init__(self) -> None:
+        self._paces: dict[Any, Pace] = {}
+
+    def of(self, kind: Kind) -> Pace:
+        """Return a kind's pace; what parameters a changed model has does not matter."""
+        backward, rule, low_precision = kind
+        return self._paces.setdefault((backward, type(rule), low_precision), Pace())
+
+    def expected(self, kind: Kind) -> float:
+        """Return the seconds that a row is expected to take; one never seen is taken for an average one."""
+        if (known := self.of(kind).row_seconds) is not None:
+            return known
+        others = [pace.row_seconds for pace in self._paces.values() if pace.row_seconds is not None]
+        return sum(others) / len(others) if others else 1.0
+
+    def cheapest(self) -> float:
+        """Return the least seconds that a row of any kind is expected to take."""
+        return min((pace.row_seconds for pace in self._paces.values() if pace.row_seconds is not None), default=1.0)
+
+    def cheapest_since(self, moment: float) -> float:
+        """Return the least seconds a row of any kind took since a moment; 0 where too few passes have been measured."""
+        return min(filter(None, (pace.fastest_since(moment) for pace in self._paces.values())), default=0.0)
+
+
+class PackLimit:
+    """How many rows a pass may have: halved where memory does not suffice, tried at twice the size again after a while."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._fitted = 0
+        self.rows = most
+
+    def halve(self, rows: int) -> None:
+        """Note that so many rows did not fit."""
+        self.rows, self._fitted = max(1, rows // 2), 0
+
+    def fitted(self) -> None:
+        """Note a pass that fitted."""
+        if self.rows == self._most:
+            return
+        self._fitted += 1
+        if self._fitted == GROWING:
+            self.rows, self._fitted = min(self._most, 2 * self.rows), 0
+
+
+def first_to_last(roots: Sequence[Task[Any]], remaining: Callable[[Task[Any]], float], passes: int) -> list[Task[Any]]:
+    """Return the tasks that wait for rows, in the order in which they get them.
+
+    The request with the least remaining goes first, so that a prediction passes a long explanation. Every AGEING-th pass
+    belongs to the one that has waited longest, which so gets that share of all passes whatever else arrives. Within a
+    request the same order holds among its tasks.
+    """
+    waiting = [(root, leaves) for root in roots if (leaves := list(root.leaves))]
+    waiting.sort(key=lambda pair: remaining(pair[0]))
+    if waiting and passes % AGEING == AGEING - 1:
+        oldest = min(range(len(waiting)), key=lambda index: waiting[index][0].arrived)
+        waiting.insert(0, waiting.pop(oldest))
+    return [leaf for _, leaves in waiting for leaf in sorted(leaves, key=remaining)]
+
+
+def remaining_seconds(task: Task[Any], row_seconds: Callable[[Rows], float], cheapest: float) -> float:
+    """Return the seconds of passes that a task still needs, or the least of them.
+
+    Tasks below it that have an earlier deadline are left out: the task goes on without them where it must.
+    """
+    seconds = sum(block.left * block.rows.passes * row_seconds(block.rows) for block in task.blocks)
+    for child in task.children:
+        if child.deadline >= task.deadline:
+            seconds += remaining_seconds(child, row_seconds, cheapest)
+    return max(seconds, (task.work.evaluations - task.evaluations) * cheapest)

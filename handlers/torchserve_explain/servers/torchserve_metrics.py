@@ -1,0 +1,69 @@
+"""What the handler measures, in TorchServe's metrics; deploy/metrics.yaml declares them."""
+
+from http import HTTPStatus
+from typing import Any
+
+from ts.metrics.metric_type_enum import MetricTypes
+
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.serving.answers import Answer
+from torchserve_explain.serving.service import Service
+
+# Name, type, unit, and the dimension beside the model's name, if there is one.
+METRICS = (
+    ("ExplainSeconds", MetricTypes.HISTOGRAM, "s", "Method"),
+    ("ExplainCompletenessError", MetricTypes.HISTOGRAM, "fraction", "Method"),
+    ("ExplainEvaluations", MetricTypes.COUNTER, "Count", "Method"),
+    ("ExplainRefusals", MetricTypes.COUNTER, "Count", "Status"),
+    ("RequestSeconds", MetricTypes.HISTOGRAM, "s", "Kind"),
+    ("RequestsInFlight", MetricTypes.GAUGE, "Count", None),
+    ("EnginePasses", MetricTypes.COUNTER, "Count", None),
+    ("EngineRows", MetricTypes.COUNTER, "Count", None),
+    ("StageSeconds", MetricTypes.COUNTER, "s", "Stage"),
+)
+
+
+class Metrics:
+    """Counts answers, and what the engine and the service spend on them."""
+
+    def __init__(self, context: Any, engine: Engine, service: Service) -> None:
+        self._model, self._engine, self._service = context.model_name, engine, service
+        self._metrics = {
+            name: context.metrics.cache.get(kind, {}).get(name)
+            or context.metrics.add_metric_to_cache(name, unit, ["ModelName", *([dimension] if dimension else [])], kind)
+            for name, kind, unit, dimension in METRICS
+        }
+        self._told: dict[tuple[str, str | None], float] = {}  # totals that have been added so far
+
+    def answered(self, answer: Answer) -> None:
+        """Count an answer, and what was explained or refused with it."""
+        self._add("RequestSeconds", answer.seconds, answer.kind)
+        if answer.status != HTTPStatus.OK:
+            self._add("ExplainRefusals", 1, str(answer.status))
+        for explanation in answer.explanations:
+            self._add("ExplainSeconds", explanation.explained.seconds, explanation.method)
+            self._add("ExplainEvaluations", explanation.evaluations, explanation.method)
+            if (error := explanation.explained.value.completeness_error) is not None:
+                self._add("ExplainCompletenessError", error, explanation.method)
+
+    def after_call(self, in_flight: int) -> None:
+        """Tell how many requests are still in flight, and the totals that have grown since the last call."""
+        if self._told.get(("RequestsInFlight", None)) != in_flight:
+            self._told["RequestsInFlight", None] = in_flight
+            self._add("RequestsInFlight", in_flight)
+        if in_flight:
+            return  # each costs a line of the worker's log
+        totals: list[tuple[str, str | None, float]] = [
+            ("EnginePasses", None, self._engine.passes),
+            ("EngineRows", None, self._engine.rows),
+            ("StageSeconds", "passes", self._engine.seconds),
+            *(("StageSeconds", stage, seconds) for stage, seconds in self._service.stage_seconds.items()),
+        ]
+        for name, dimension, total in totals:
+            if (grown := total - self._told.get((name, dimension), 0)) > 0:
+                self._told[name, dimension] = total
+                self._add(name, grown, dimension)
+
+    def _add(self, name: str, value: float, dimension: str | None = None) -> None:
+        dimensions = [self._model] if dimension is None else [self._model, dimension]
+        self._metrics[name].add_or_update(value, dimensions)
