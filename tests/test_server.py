@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from live import build_small, picture, served
+from live import CONTINUOUS, build_small, picture, served
 
 from torchserve_explain.errors import ServerError
 from torchserve_explain.servers import torchserve
@@ -72,13 +72,13 @@ def metrics():
 
 
 def gauge(*counts):
-    lines = [f'ExplainInFlight{{ModelName="m{index}",Hostname="h",}} {count}' for index, count in enumerate(counts)]
-    return "\n".join(["# TYPE ExplainInFlight gauge", *lines, 'ExplainInFlightElse{a="b"} 7.0'])
+    lines = [f'RequestsInFlight{{ModelName="m{index}",Hostname="h",}} {count}' for index, count in enumerate(counts)]
+    return "\n".join(["# TYPE RequestsInFlight gauge", *lines, 'RequestsInFlightElse{a="b"} 7.0'])
 
 
 def test_requests_in_flight_are_waited_for(metrics):
     told, server = metrics
-    told += [gauge(2.0, 1.0), gauge(0.0, 1.0), gauge(0.0, 0.0), gauge(9.0, 9.0)]
+    told += [gauge(2.0, 1.0), gauge(0.0, 0.0), gauge(0.0, 1.0), gauge(0.0, 0.0), gauge(0.0, 0.0), gauge(9.0, 9.0)]
     torchserve._drain(server)
     assert told == [gauge(9.0, 9.0)]
 
@@ -130,3 +130,19 @@ def test_steps_are_not_logged_and_metrics_arrive(store, tmp_path):
     assert logs["access_log.log"].count("POST /explanations/small") == 3 and "7 classes" in logs["model_log.log"]
     assert 'ExplainEvaluations{ModelName="small",Method="grad_cam"' in told and "ts_inference_requests_total{" in told
     assert 'PredictionTime{ModelName="small"' in told
+
+
+@pytest.mark.live
+def test_a_request_in_flight_is_answered_before_the_server_is_stopped(tmp_path, tmp_path_factory):
+    store = tmp_path_factory.mktemp("continuous")
+    build_small(tmp_path_factory.mktemp("small"), store, CONTINUOUS)
+    answers = []
+    with served(["small"], store, tmp_path) as server:
+        fields = {"method": "integrated_gradients", "steps": "50"}
+        url, files = f"{server.inference}/explanations/small", {"data": picture()}
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(url, files=files, data=fields, timeout=60)))
+        asking.start()
+        while not torchserve._in_flight(server):
+            assert not answers
+    asking.join()
+    assert [answer.status_code for answer in answers] == [200]

@@ -27,7 +27,7 @@ from torchserve_explain.photo import photo_path
 
 STARTUP_SECONDS = 300
 DRAIN_SECONDS = 10
-IN_FLIGHT = "ExplainInFlight"  # the handler's gauge of the requests that it works on
+IN_FLIGHT = "RequestsInFlight"  # the handler's gauge of the requests that stay in a continuous batch
 LOG = "torchserve.log"
 ERRORS = "torchserve_explain.errors."
 WORKER_LINE = re.compile(r"W-\d+-(?P<name>.+)_[^_]*-stdout MODEL_LOG - (?P<text>.*)")
@@ -251,10 +251,13 @@ def _tail(log: Path) -> str:
 
 
 def _drain(server: Server) -> None:
-    """Wait until no request is in flight, at most DRAIN_SECONDS; not at all where the handler tells no gauge."""
-    deadline = time.monotonic() + DRAIN_SECONDS
-    while server.process.poll() is None and _in_flight(server) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    """Wait until no request is in flight twice in a row, since one is told only after its first step; at most DRAIN_SECONDS."""
+    deadline, idle = time.monotonic() + DRAIN_SECONDS, 0
+    while server.process.poll() is None and time.monotonic() < deadline:
+        idle = 0 if _in_flight(server) else idle + 1
+        if idle == 2:
+            return
+        time.sleep(0.2)
 
 
 def _in_flight(server: Server) -> float:
