@@ -11,6 +11,7 @@ from live import CONTINUOUS, build_small, picture, served
 
 from torchserve_explain.errors import ServerError
 from torchserve_explain.servers import torchserve
+from torchserve_explain.servers.torchserve_logs import Logs
 
 LOG = """\
 2026-01-01T00:00:00,1 [INFO ] W-9000-mine_1.0-stdout MODEL_LOG - Backend worker process died.
@@ -19,6 +20,7 @@ LOG = """\
 2026-01-01T00:00:00,1 [INFO ] W-9001-other_1.0-stdout MODEL_LOG - Error: of a worker that goes on
 2026-01-01T00:00:00,1 [INFO ] W-9000-mine_1.0-stdout MODEL_LOG - {error}
 """
+DEATH = "2026-01-01T00:00:00,1 [WARN ] W-9000-{name}_1.0 o.p.BatchAggregator - Load model failed: {name}, error: Worker died.\n"
 
 
 @pytest.mark.parametrize(
@@ -26,25 +28,33 @@ LOG = """\
     [
         (
             "torchserve_explain.errors.ArchiveError: 3 labels: too few",
-            "mine cannot be loaded: ArchiveError: 3 labels: too few;",
+            "mine cannot be loaded: ArchiveError: 3 labels: too few",
         ),
-        ("ModuleNotFoundError: No module named 'timm'", "mine cannot be loaded: ModuleNotFoundError: No module named 'timm';"),
+        ("ModuleNotFoundError: No module named 'timm'", "mine cannot be loaded: ModuleNotFoundError: No module named 'timm'"),
         ("ModuleNotFoundError: No module named 'ts.torch_handler.handler'", None),
         ("    still being written", None),
     ],
 )
 def test_the_exception_of_a_worker_that_cannot_load_is_told(tmp_path, error, reason):
-    log = tmp_path / "model_log.log"
-    log.write_text(LOG.format(error=error))
-    told = torchserve._load_failure(log, 0)
-    assert told is None if reason is None else told.startswith(reason)
+    logs = Logs(tmp_path)
+    (tmp_path / "model_log.log").write_text(LOG.format(error=error))
+    assert logs.load_failure() == reason
 
 
 def test_what_an_earlier_run_wrote_is_not_told(tmp_path):
-    log = tmp_path / "model_log.log"
-    assert torchserve._load_failure(log, 0) is None
-    log.write_text(LOG.format(error="ValueError: of yesterday"))
-    assert torchserve._load_failure(log, log.stat().st_size) is None
+    assert Logs(tmp_path).load_failure() is None
+    (tmp_path / "model_log.log").write_text(LOG.format(error="ValueError: of yesterday"))
+    (tmp_path / "ts_log.log").write_text(3 * DEATH.format(name="mine"))
+    assert Logs(tmp_path).load_failure() is None
+
+
+def test_a_worker_that_dies_again_and_again_is_told(tmp_path):
+    logs = Logs(tmp_path)
+    (tmp_path / "ts_log.log").write_text(2 * DEATH.format(name="mine") + 2 * DEATH.format(name="other"))
+    assert logs.load_failure() is None
+    with (tmp_path / "ts_log.log").open("a") as log:
+        log.write(DEATH.format(name="mine"))
+    assert logs.load_failure().startswith("mine cannot be loaded: its worker has died 3 times")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,12 @@ from torchserve_explain.archiver import ensure_archive
 from torchserve_explain.errors import ExplainError, ServerError
 from torchserve_explain.paths import ROOT, STORE, packaged
 from torchserve_explain.photo import photo_path
+from torchserve_explain.servers.torchserve_logs import Logs
 
 STARTUP_SECONDS = 300
 DRAIN_SECONDS = 10
 IN_FLIGHT = "RequestsInFlight"  # the handler's gauge of the requests that stay in a continuous batch
 LOG = "torchserve.log"
-ERRORS = "torchserve_explain.errors."
-WORKER_LINE = re.compile(r"W-\d+-(?P<name>.+)_[^_]*-stdout MODEL_LOG - (?P<text>.*)")
 ADDRESSES = {  # what the server listens on, as TorchServe's own environment variables name it
     "TS_INFERENCE_ADDRESS": "http://127.0.0.1:8080",
     "TS_MANAGEMENT_ADDRESS": "http://127.0.0.1:8081",
@@ -73,8 +71,7 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
     _check_ports(settings)
     run.mkdir(parents=True, exist_ok=True)
     (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
-    log, worker_log = run / LOG, run / "logs" / "model_log.log"
-    earlier = worker_log.stat().st_size if worker_log.exists() else 0  # what earlier runs wrote
+    log, logs = run / LOG, Logs(run / "logs")
     with tempfile.TemporaryDirectory(dir=run, prefix="tmp", ignore_cleanup_errors=True) as temporary:
         environment = _environment(settings, run, temporary)
         with log.open("wb") as output:
@@ -85,7 +82,7 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
         models = [registered(name)[0] for name in names]
         server = Server(models, run, process, inference, management, metrics, grpc)
         try:
-            _wait(server, log, lambda: _load_failure(worker_log, earlier))
+            _wait(server, log, logs)
             yield server
         finally:
             try:
@@ -195,19 +192,21 @@ def _check_ports(settings: Mapping[str, str]) -> None:
         )
 
 
-def _wait(server: Server, log: Path, failure: Callable[[], str | None]) -> None:
+def _wait(server: Server, log: Path, logs: Logs) -> None:
     """Wait until the model answers a real prediction; a worker that is only healthy may still be loading."""
     photo = photo_path().read_bytes()
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise ServerError(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
-        if reason := failure():
-            raise ServerError(reason)
+        if reason := logs.load_failure():
+            raise ServerError(f"{reason}; {server.run / 'logs'} tells more")
         if all(_ready(server, name) and _answers(server, name, photo) for name in server.names):
             return
         time.sleep(0.3)
-    raise ServerError(f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
+    raise ServerError(
+        f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; {server.run / 'logs'} tells more, or {log}"
+    )
 
 
 def _ready(server: Server, name: str) -> bool:
@@ -224,26 +223,6 @@ def _answers(server: Server, name: str, photo: bytes) -> bool:
         return httpx.post(url, files={"data": photo}, headers=server.authorization(), timeout=60).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def _load_failure(log: Path, start: int) -> str | None:
-    """Return why a worker could not load its model, as the log tells from byte `start` on; None while none has failed.
-
-    TorchServe starts such a worker again and again, and whoever asks for the model meanwhile waits.
-    """
-    if not log.exists():
-        return None
-    with log.open("rb") as stream:
-        stream.seek(start)
-        lines = [match for line in stream.read().decode(errors="replace").splitlines() if (match := WORKER_LINE.search(line))]
-    died = next((index for index, line in enumerate(lines) if line["text"].startswith("Backend worker process died")), None)
-    if died is None:
-        return None
-    name = lines[died]["name"]
-    texts = [line["text"] for line in lines[died + 1 :] if line["name"] == name]
-    # An exception's own lines begin at the margin; TorchServe looks for its own handler where ours cannot be imported.
-    raised = [text for text in texts if re.match(r"[\w.]+(: |$)", text) and "ts.torch_handler" not in text]
-    return f"{name} cannot be loaded: {raised[0].removeprefix(ERRORS)}; {log} tells more" if raised else None
 
 
 def _tail(log: Path) -> str:
