@@ -35,9 +35,10 @@ responseTimeout: 120
 explanations:
   limits: {evaluations: 700, targets: 3, pixels: 1000000, seconds: 60, instances: 4, pack: 8}
 """
+CONTINUOUS = "explanations:" + SMALL_CONFIG.partition("explanations:")[2]  # with the default's continuous batching
 
 
-def small_files(folder: Path) -> dict[str, Path]:
+def small_files(folder: Path, config: str = SMALL_CONFIG) -> dict[str, Path]:
     """Write a small classifier's model.py, weights, labels and configuration."""
     namespace = {"__name__": "model"}
     exec(SMALL_MODEL, namespace)
@@ -49,13 +50,13 @@ def small_files(folder: Path) -> dict[str, Path]:
     files["model.py"].write_text(SMALL_MODEL)
     torch.save(model.state_dict(), files["weights.pth"])
     files["labels.json"].write_text(json.dumps(SMALL_LABELS))
-    files["model-config.yaml"].write_text(SMALL_CONFIG)
+    files["model-config.yaml"].write_text(config)
     return files
 
 
-def build_small(folder: Path, store: Path) -> None:
+def build_small(folder: Path, store: Path, config: str = SMALL_CONFIG) -> None:
     """Archive the small classifier as `small`."""
-    files = small_files(folder)
+    files = small_files(folder, config)
     options = ["--model", files["model.py"], "--weights", files["weights.pth"], "--labels", files["labels.json"]]
     options += ["--config", files["model-config.yaml"], "--store", store]
     build_archive("small", parser().parse_args(["small", *map(str, options)]))

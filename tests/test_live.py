@@ -19,6 +19,7 @@ from torchserve_explain.errors import ServerError
 from torchserve_explain.servers.torchserve import free_ports, serving
 
 IMAGE = picture()
+pytestmark = pytest.mark.live
 
 
 @pytest.fixture(scope="module")

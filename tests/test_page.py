@@ -32,6 +32,7 @@ from PIL import Image
 from torchserve_explain.serving.page import try_it_page
 
 __all__ = ["chromium", "opened", "server"]  # fixtures
+pytestmark = pytest.mark.live
 
 
 def test_a_program_gets_the_report_and_a_browser_the_page(server):

@@ -65,12 +65,14 @@ def test_the_photo_is_where_the_readme_finds_it():
     assert told.strip() == str(photo_path())
 
 
+@pytest.mark.live
 def test_the_first_curl_answers_what_the_readme_says(server, tmp_path):
     command = next(c for c in COMMANDS if c.endswith("predictions/imagenet"))
     told = json.loads(re.search(r"```json\n(.*?)```", README, re.S)[1])
     assert json.loads(run(command, server, tmp_path)) == pytest.approx(told, rel=1e-3)
 
 
+@pytest.mark.live
 def test_the_second_curl_answers_what_the_readme_says(server, tmp_path):
     command = next(c for c in COMMANDS if c.endswith("explanations/imagenet"))
     answer = json.loads(run(command, server, tmp_path))
@@ -84,12 +86,14 @@ def test_the_second_curl_answers_what_the_readme_says(server, tmp_path):
     assert keys == set(re.findall(r'"(\w+)":', json.dumps(answer)))
 
 
+@pytest.mark.live
 def test_the_curl_with_a_quality_answers_it(server, tmp_path):
     command = next(c for c in COMMANDS if "quality=" in c)
     (one,) = json.loads(run(command, server, tmp_path))["explanations"]
     assert set(one["quality"]) == {"deletion", "insertion"} and 0 < one["quality"]["deletion"] < one["quality"]["insertion"]
 
 
+@pytest.mark.live
 def test_the_third_curl_writes_a_picture(server, tmp_path):
     run(next(c for c in COMMANDS if "why.png" in c), server, tmp_path)
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")

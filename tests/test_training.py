@@ -27,6 +27,7 @@ from training.evaluation import evaluate
 from training.recipe import read_recipe, recipe_names
 from training.report import explain
 
+pytestmark = pytest.mark.live
 TWO = ("blue", "red")
 # Recipe: classes, and options that make it small.
 SMALL = {

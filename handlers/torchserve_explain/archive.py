@@ -107,13 +107,14 @@ def _unpacked(path: Path) -> Iterator[Path]:
 
 def _check_format(path: Path, folder: Path) -> None:
     """Refuse what is no archive of this project, or one of another format."""
+    what = "the archive" if path.is_dir() else path  # a worker's folder has no name of its own
     if not (folder / CONFIG).exists():
-        raise ArchiveError(f"{path} holds no {CONFIG}; build it anew with torchserve-explain archive")
+        raise ArchiveError(f"{what} holds no {CONFIG}; build it anew with torchserve-explain archive")
     told = folder / ABOUT
     found = json.loads(told.read_text(encoding="utf-8")).get("format") if told.exists() else FORMAT
     if found != FORMAT:
         raise ArchiveError(
-            f"{path} has the format {found}, and torchserve-explain {__version__} reads {FORMAT}; "
+            f"{what} has the format {found}, and torchserve-explain {__version__} reads {FORMAT}; "
             "build it anew with torchserve-explain archive"
         )
 

@@ -23,8 +23,11 @@ from torchserve_explain.archiver import ensure_archive
 from torchserve_explain.errors import ExplainError, ServerError
 from torchserve_explain.paths import ROOT, STORE, packaged
 from torchserve_explain.photo import photo_path
+from torchserve_explain.servers.torchserve_logs import Logs
 
 STARTUP_SECONDS = 300
+DRAIN_SECONDS = 10
+IN_FLIGHT = "RequestsInFlight"  # the handler's gauge of the requests that stay in a continuous batch
 LOG = "torchserve.log"
 ADDRESSES = {  # what the server listens on, as TorchServe's own environment variables name it
     "TS_INFERENCE_ADDRESS": "http://127.0.0.1:8080",
@@ -59,14 +62,16 @@ class Server:
 def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
     """Serve archives with config.properties and the relaxations of a local try; stop when the context is left.
 
-    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError.
+    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError. TorchServe resets
+    its connections at once however it is stopped, so it is stopped only when no request is in flight, or after
+    DRAIN_SECONDS; requests that arrive meanwhile are taken.
     """
     settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(packaged("deploy") / "metrics.yaml")} | dict(environment)
     _check_loopback(settings)
     _check_ports(settings)
     run.mkdir(parents=True, exist_ok=True)
     (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
-    log = run / LOG
+    log, logs = run / LOG, Logs(run / "logs")
     with tempfile.TemporaryDirectory(dir=run, prefix="tmp", ignore_cleanup_errors=True) as temporary:
         environment = _environment(settings, run, temporary)
         with log.open("wb") as output:
@@ -77,10 +82,13 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
         models = [registered(name)[0] for name in names]
         server = Server(models, run, process, inference, management, metrics, grpc)
         try:
-            _wait(server, log)
+            _wait(server, log, logs)
             yield server
         finally:
-            _stop(process)
+            try:
+                _drain(server)
+            finally:  # a second Ctrl-C does not wait
+                _stop(process)
 
 
 def free_ports() -> dict[str, str]:
@@ -105,7 +113,8 @@ def _sockets(count: int) -> Iterator[list[int]]:
 
 def _command(names: Sequence[str], store: Path) -> list[str]:
     start = "import sys; from ts.model_server import start; sys.argv[0] = 'torchserve'; start()"
-    options = ["--model-store", str(store), "--ts-config", str(packaged("config.properties")), "--models"]
+    files = {"--ts-config": packaged("config.properties"), "--log-config": packaged("deploy") / "log4j2.xml"}
+    options = ["--model-store", str(store), *(str(part) for pair in files.items() for part in pair), "--models"]
     return [
         sys.executable,
         "-c",
@@ -128,7 +137,13 @@ def _environment(settings: Mapping[str, str], run: Path, temporary: str) -> dict
     """Return the server's environment: its own temporary folder, since TorchServe keeps its pid file there."""
     java = _java_home()
     path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(java, "bin")), os.environ.get("PATH", "")])
-    own = {"JAVA_HOME": java, "PATH": path, "LOG_LOCATION": str(run / "logs"), "METRICS_LOCATION": str(run / "logs")}
+    own = {
+        "JAVA_HOME": java,
+        "PATH": path,
+        "LOG_LOCATION": str(run / "logs"),
+        "METRICS_LOCATION": str(run / "logs"),
+        "CONSOLE_LEVEL": "error",
+    }
     # Threads that spin while they wait take the cores from those that work, where others use the machine too.
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **own, "TMPDIR": temporary, "TEMP": temporary, **settings}
 
@@ -177,17 +192,21 @@ def _check_ports(settings: Mapping[str, str]) -> None:
         )
 
 
-def _wait(server: Server, log: Path) -> None:
+def _wait(server: Server, log: Path, logs: Logs) -> None:
     """Wait until the model answers a real prediction; a worker that is only healthy may still be loading."""
     photo = photo_path().read_bytes()
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise ServerError(f"TorchServe ended while starting; the end of {log}:\n{_tail(log)}")
+        if reason := logs.load_failure():
+            raise ServerError(f"{reason}; {server.run / 'logs'} tells more")
         if all(_ready(server, name) and _answers(server, name, photo) for name in server.names):
             return
         time.sleep(0.3)
-    raise ServerError(f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; the end of {log}:\n{_tail(log)}")
+    raise ServerError(
+        f"{', '.join(server.names)} did not answer within {STARTUP_SECONDS} s; {server.run / 'logs'} tells more, or {log}"
+    )
 
 
 def _ready(server: Server, name: str) -> bool:
@@ -208,6 +227,24 @@ def _answers(server: Server, name: str, photo: bytes) -> bool:
 
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _drain(server: Server) -> None:
+    """Wait until no request is in flight twice in a row, since one is told only after its first step; at most DRAIN_SECONDS."""
+    deadline, idle = time.monotonic() + DRAIN_SECONDS, 0
+    while server.process.poll() is None and time.monotonic() < deadline:
+        idle = 0 if _in_flight(server) else idle + 1
+        if idle == 2:
+            return
+        time.sleep(0.2)
+
+
+def _in_flight(server: Server) -> float:
+    """Return how many requests the server's models work on, 0 where that is not told."""
+    with suppress(httpx.HTTPError):
+        lines = httpx.get(f"{server.metrics}/metrics", timeout=2).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{IN_FLIGHT}{{"))
+    return 0
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
