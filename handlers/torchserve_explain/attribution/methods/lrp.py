@@ -54,7 +54,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Part:
-    """Terms that share the relevance of the output in proportion: `weight` of it, and only where `where` of the output is one."""
+    """Terms that share the output's relevance in proportion: `weight` of it, only where `where` of the output is one."""
 
     terms: tuple[_Term, ...]
     weight: float = 1.0
