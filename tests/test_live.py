@@ -10,7 +10,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from live import build_small, build_stock, grpc_modules, picture, served
+from live import CONTINUOUS, SMALL_CONFIG, build_small, build_stock, grpc_modules, picture, served
 from PIL import Image
 
 from torchserve_explain.attribution.methods import METHODS
@@ -22,10 +22,11 @@ IMAGE = picture()
 pytestmark = pytest.mark.live
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@pytest.fixture(scope="module", params=[CONTINUOUS, SMALL_CONFIG], ids=["continuous", "classic"])
+def server(request, tmp_path_factory):
+    """A server of the small classifier, in both modes of batching, and of the stock handler beside it."""
     store = tmp_path_factory.mktemp("store")
-    build_small(tmp_path_factory.mktemp("small"), store)
+    build_small(tmp_path_factory.mktemp("small"), store, request.param)
     build_stock(tmp_path_factory.mktemp("stock"), store)
     with served(["small", "stock"], store, tmp_path_factory.mktemp("run")) as running:
         yield running

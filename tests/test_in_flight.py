@@ -1,0 +1,153 @@
+"""TorchServe's two modes without TorchServe: who is answered when, who stays in flight, who is forgotten."""
+
+import json
+
+import pytest
+from conftest import small_cnn
+from live import picture
+
+import explain_handler
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.serving.in_flight import InFlight
+from torchserve_explain.serving.service import RawRequest, Service
+from torchserve_explain.serving.settings import Settings
+
+CONFIG = {
+    "classifier": {"architecture": "model.py"},
+    "preprocessing": {"resize": 32, "crop": 32},
+    "continuousBatching": True,
+    "batchSize": 8,
+}
+PREDICTION = RawRequest({"data": picture()}, {})
+LONG = RawRequest({"data": picture(), "method": b"occlusion"}, {"explain": "True"})
+
+
+@pytest.fixture
+def service():
+    settings = Settings.model_validate(CONFIG)
+    preprocessing = settings.preprocessing
+    classifier = Classifier(small_cnn().float(), preprocessing.normalization, preprocessing.size)
+    return Service(classifier, [], settings, {"name": "small", "version": "1.0"})
+
+
+def in_flight_of(service, quantum=0.02, pack=2):
+    return InFlight(service, Engine(service._classifier, pack, quantum), quantum)
+
+
+def until(in_flight, requests, name, calls=2000):
+    """Call as a frontend does until a request is answered; return all answers by then, in order."""
+    answers, left = {}, dict(requests)
+    for _ in range(calls):
+        found = in_flight.call(left)
+        answers |= found
+        left = {key: read for key, read in left.items() if key not in found}
+        if name in answers:
+            return answers
+    raise AssertionError(f"{name} was not answered in {calls} calls")
+
+
+def test_a_short_request_is_answered_while_a_long_one_stays_in_flight(service):
+    in_flight = in_flight_of(service)
+    requests = {"long": lambda: LONG, "short": lambda: PREDICTION}
+    answers = until(in_flight, requests, "short")
+    assert "long" not in answers and len(in_flight) == 1
+    assert until(in_flight, {"long": lambda: LONG}, "long")["long"].status == 200
+    assert len(in_flight) == 0
+
+
+def test_what_is_handed_over_again_is_not_read_again(service):
+    in_flight, read = in_flight_of(service), []
+    until(in_flight, {"long": lambda: (read.append(1), LONG)[1]}, "long")
+    assert read == [1]
+
+
+def test_a_request_that_is_no_longer_handed_over_is_dropped_and_its_place_is_free(service):
+    service._places = 1
+    in_flight = in_flight_of(service)
+    assert in_flight.call({"gone": lambda: LONG}) == {}
+    until(in_flight, {"short": lambda: PREDICTION}, "short")
+    assert len(in_flight) == 0 and in_flight._engine.in_flight == 0
+    assert until(in_flight, {"next": lambda: LONG}, "next")["next"].status == 200
+
+
+def test_a_call_lasts_longer_where_handing_over_takes_long(service):
+    now = [0.0]
+    in_flight = InFlight(service, Engine(service._classifier, 2), 0.05, clock=lambda: now[0])
+    assert in_flight._length(0.0) == 0.05
+    in_flight._returned = 1.0
+    assert in_flight._length(1.005) == 0.05 and in_flight._length(1.1) == pytest.approx(0.4) and in_flight._length(9.0) == 1.0
+
+
+class Context:
+    """What TorchServe gives a handler with each call."""
+
+    def __init__(self, names):
+        self.request_ids, self.headers, self.statuses, self.types = dict(enumerate(names)), {}, {}, {}
+        self.model_name = "small"
+
+    def get_request_id(self, index=0):
+        return self.request_ids[index]
+
+    def get_all_request_header(self, index):
+        return {"explain": "True"} if self.request_ids[index].startswith("long") else {}
+
+    def set_response_content_type(self, index, value):
+        self.types[index] = value
+
+    def set_response_status(self, code, phrase, idx):
+        self.statuses[idx] = code
+
+    def set_response_header(self, index, name, value):
+        self.headers[index, name] = value
+
+
+class Counted:
+    """Metrics that go nowhere."""
+
+    def answered(self, answer):
+        """Take an answer."""
+
+    def after_call(self, in_flight):
+        self.in_flight = in_flight
+
+
+def handler_of(service, continuous):
+    handler = explain_handler.ExplainHandler()
+    handler._in_flight, handler._continuous, handler._metrics = in_flight_of(service), continuous, Counted()
+    return handler
+
+
+def test_the_handler_leaves_what_is_in_flight_out_of_the_answer(service):
+    handler, data = handler_of(service, continuous=True), {"long": LONG.data, "short": PREDICTION.data}
+    for _ in range(2000):
+        context = Context(data)
+        bodies = handler.handle(list(data.values()), context)
+        assert len(bodies) == len(data)  # as TorchServe wants it
+        if context.request_ids:
+            break
+    assert context.request_ids == {1: "short"} and json.loads(bodies[1]) and bodies[0] == b""
+    assert context.types == {1: "application/json"} and handler._metrics.in_flight == 1
+
+
+def test_the_handler_answers_whole_batches_without_continuous_batching(service):
+    context = Context(["long", "short"])
+    bodies = handler_of(service, continuous=False).handle([LONG.data, PREDICTION.data], context)
+    assert set(context.request_ids) == {0, 1} and all(map(json.loads, bodies))
+
+
+def test_nothing_leaves_the_handler_as_an_exception(service, monkeypatch):
+    handler = handler_of(service, continuous=True)
+    monkeypatch.setattr(handler._in_flight._engine, "step", lambda _within: 1 / 0)
+    context = Context(["long", "short"])
+    bodies = handler.handle([LONG.data, PREDICTION.data], context)
+    assert context.statuses == {0: 500, 1: 500} and b"division" not in bodies[0] and len(handler._in_flight) == 0
+    monkeypatch.undo()
+    assert until(handler._in_flight, {"short": lambda: PREDICTION}, "short")["short"].status == 200
+
+
+def test_settings_refuse_what_breaks_continuous_batching():
+    for wrong, told in (({"maxWorkers": 2}, "2 workers hang"), ({"useJobTicket": True}, "useJobTicket")):
+        with pytest.raises(ValueError, match=told):
+            Settings.model_validate(CONFIG | wrong)
+    assert Settings.model_validate(CONFIG).explanation_places == 6
