@@ -1,6 +1,9 @@
 """What the handler measures, in TorchServe's metrics; deploy/metrics.yaml declares them."""
 
+import os
+import time
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from ts.metrics.metric_type_enum import MetricTypes
@@ -17,10 +20,19 @@ METRICS = (
     ("ExplainRefusals", MetricTypes.COUNTER, "Count", "Status"),
     ("RequestSeconds", MetricTypes.HISTOGRAM, "s", "Kind"),
     ("RequestsInFlight", MetricTypes.GAUGE, "Count", None),
+    ("WorkerMemory", MetricTypes.GAUGE, "MB", None),
     ("EnginePasses", MetricTypes.COUNTER, "Count", None),
     ("EngineRows", MetricTypes.COUNTER, "Count", None),
     ("StageSeconds", MetricTypes.COUNTER, "s", "Stage"),
 )
+
+TELLING = 1.0  # seconds between two tellings of the totals under load
+
+
+def worker_memory() -> float:
+    """Return the memory that this process holds, in megabytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 class Metrics:
@@ -33,6 +45,7 @@ class Metrics:
             or context.metrics.add_metric_to_cache(name, unit, ["ModelName", *([dimension] if dimension else [])], kind)
             for name, kind, unit, dimension in METRICS
         }
+        self._told_at = 0.0
         self._told: dict[tuple[str, str | None], float] = {}  # totals that have been added so far
 
     def answered(self, answer: Answer) -> None:
@@ -47,12 +60,15 @@ class Metrics:
                 self._add("ExplainCompletenessError", error, explanation.method)
 
     def after_call(self, in_flight: int) -> None:
-        """Tell how many requests are still in flight, and the totals that have grown since the last call."""
+        """Tell how many requests are still in flight, and once a second or when idle what has grown since."""
         if self._told.get(("RequestsInFlight", None)) != in_flight:
             self._told["RequestsInFlight", None] = in_flight
             self._add("RequestsInFlight", in_flight)
-        if in_flight:
+        now = time.monotonic()
+        if in_flight and now < self._told_at + TELLING:
             return  # each costs a line of the worker's log
+        self._told_at = now
+        self._add("WorkerMemory", worker_memory())
         totals: list[tuple[str, str | None, float]] = [
             ("EnginePasses", None, self._engine.passes),
             ("EngineRows", None, self._engine.rows),

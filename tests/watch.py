@@ -1,0 +1,111 @@
+"""The tools that check deploy/, and Prometheus with the project's rules beside a live server."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import yaml
+from conftest import ROOT
+
+
+def tool(name):
+    """Return a tool's path; .ci/run installs those that no Python package brings."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/usr/local/bin")
+    assert found, f"{name} is missing; Debian's packages prometheus and nginx-light have promtool, prometheus and nginx"
+    return found
+
+
+def run(*command, **options):
+    done = subprocess.run([tool(command[0]), *map(str, command[1:])], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def declared():
+    """Every metric of metrics.yaml with its type and dimensions."""
+    config = yaml.safe_load((ROOT / "deploy" / "metrics.yaml").read_text())
+    groups = [config["ts_metrics"], config["model_metrics"]]
+    return {
+        metric["name"]: (kind, metric["dimensions"])
+        for group in groups
+        for kind, metrics in group.items()
+        for metric in metrics
+    }
+
+
+def dashboard_queries(model: str, interval: str) -> list[str]:
+    """Return every query of the dashboard, with its variables filled in."""
+    board = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return [query.replace("$model", model).replace("$__rate_interval", interval) for query in queries]
+
+
+def metric_names(query: str, declared) -> set[str]:
+    """Return the metrics that a query names; fails where one is not declared."""
+    names = set(
+        re.findall(r"\b(?:ts_\w+|[A-Z]\w+)(?=[{\[]| [>=]|,|$)", re.sub(r'"[^"]*"|by \([^)]*\)|on \([^)]*\)', "", query))
+    )
+    names = {re.sub(r"_(bucket|count|sum)$", "", name) for name in names}
+    assert names <= set(declared), names - set(declared)
+    assert names or "up{" in query, query
+    return names or {"up"}
+
+
+class Watcher:
+    """A Prometheus that answers queries."""
+
+    def __init__(self, address: str):
+        self.address = address
+
+    def query(self, query: str) -> list[dict]:
+        answer = httpx.get(f"{self.address}/api/v1/query", params={"query": query}, timeout=20).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]["result"]
+
+    def wait(self, query: str, seconds: float = 60) -> list[dict]:
+        """Wait until a query has a result."""
+        end = time.monotonic() + seconds
+        while not (found := self.query(query)):
+            assert time.monotonic() < end, f"{query} stayed empty for {seconds} s"
+            time.sleep(0.5)
+        return found
+
+
+def alerts(watcher: Watcher) -> set[str]:
+    return {one["metric"]["alertname"] for one in watcher.query('ALERTS{alertstate="firing"}')}
+
+
+@contextmanager
+def prometheus(program: str, folder: Path, target: str):
+    """Run Prometheus with deploy/prometheus.yml, asking `target` each second instead."""
+    config = (ROOT / "deploy" / "prometheus.yml").read_text().replace("15s", "1s").replace("torchserve:8082", target)
+    (folder / "prometheus.yml").write_text(config)
+    (folder / "alerts.yml").write_text((ROOT / "deploy" / "alerts.yml").read_text())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series"]
+    with (folder / "prometheus.log").open("wb") as log:
+        command = [program, *options, f"--web.listen-address=127.0.0.1:{port}"]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        watcher = Watcher(f"http://127.0.0.1:{port}")
+        end = time.monotonic() + 30
+        while True:
+            try:
+                if watcher.query("up == 1"):
+                    break
+            except (httpx.TransportError, ValueError):
+                pass
+            assert time.monotonic() < end, (folder / "prometheus.log").read_text()[-2000:]
+            time.sleep(0.3)
+        yield watcher
+    finally:
+        process.terminate()
+        process.wait(20)
