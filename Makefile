@@ -15,7 +15,7 @@ test: setup  ## run all tests, a live server among them
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
 	@$(RUN) -m torchserve_explain demo
 
-support: setup  ## write the README's table of architectures anew
+support: setup  ## write docs/architectures.md's table anew
 	@PYTHONPATH=tests $(RUN) -m support
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
