@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
+from statistics import median
 from typing import Any
 
 from torchserve_explain.attribution.rows import Rows
 from torchserve_explain.attribution.tasks import Task
 
 AGEING = 4  # one pass in so many belongs to the request that has waited longest, so that nothing starves
-LEARNING = 0.5  # weight of the newest pass in what a row is expected to take
+LEARNT_FROM = 5  # the latest passes, whose median a row is expected to take: a first pass may take far longer
 MEASURED = 3  # passes that must have been measured before they make anything certain
 GROWING = 50  # passes that must fit before a halved pack is tried at twice the size
 
@@ -25,10 +26,8 @@ class Pace:
 
     def learn(self, now: float, rows: int, seconds: float) -> None:
         """Take a pass into account."""
-        latest = seconds / rows
-        known = latest if self.row_seconds is None else self.row_seconds
-        self.row_seconds = known + LEARNING * (latest - known)
-        self._recent.append((now, latest))
+        self._recent.append((now, seconds / rows))
+        self.row_seconds = median([latest for _, latest in list(self._recent)[-LEARNT_FROM:]])
 
     def rows_within(self, seconds: float, most: int) -> int:
         """Return how many rows fit into a time: at least one, and only one while nothing is known."""
