@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from study.__main__ import pictures
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.loading import MODEL, WEIGHTS, build_network
 from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import pictures
 from torchserve_explain.servers.torchserve import ensure_archive
 from torchserve_explain.serving.settings import Preprocessing
 

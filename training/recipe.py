@@ -36,7 +36,7 @@ class Recipe:
     first: Mapping[str, str] = field(default_factory=dict)
     size: int = 224
     augmentation: nn.Module | None = None
-    views: int = 6
+    views: int = 4
     normalization: Mapping[str, Normalization] = field(default_factory=dict)
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
