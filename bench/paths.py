@@ -15,9 +15,8 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
-from torchserve_explain.offline import progress
+from torchserve_explain.offline import pictures, progress
 from torchserve_explain.paths import ROOT
-from torchserve_explain.photo import pictures
 from torchserve_explain.serving.settings import Limits
 
 ERRORS = (0.05, 0.01)

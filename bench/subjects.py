@@ -11,8 +11,8 @@ from torchvision.models import get_model
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.loading import MODEL, WEIGHTS, build_network
+from torchserve_explain.offline import pictures
 from torchserve_explain.paths import ROOT
-from torchserve_explain.photo import pictures
 from torchserve_explain.servers.torchserve import ensure_archive
 from torchserve_explain.serving.settings import Preprocessing
 

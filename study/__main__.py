@@ -17,9 +17,9 @@ from torchserve_explain.archiver import Refused
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
-from torchserve_explain.offline import Record, add_record, load_archive, progress, read_records, write_records
+from torchserve_explain.offline import Record, add_record, load_archive, pictures, progress, read_records, write_records
 from torchserve_explain.paths import ROOT
-from torchserve_explain.photo import photo_path, pictures
+from torchserve_explain.photo import photo_path
 from torchserve_explain.serving.images import Picture, read_picture
 
 

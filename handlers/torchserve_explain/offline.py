@@ -21,11 +21,13 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.loading import load_classifier
 from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import photo_path
 from torchserve_explain.servers.torchserve import ensure_archive
-from torchserve_explain.serving.images import FORMATS
-from torchserve_explain.serving.settings import Settings, read_settings
+from torchserve_explain.serving.images import FORMATS, Picture, read_picture
+from torchserve_explain.serving.settings import Preprocessing, Settings, read_settings
 
 STORE = ROOT / "model_store"
+PACKAGED = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")  # photos of scikit-image
 SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 MANIFEST = "MAR-INF/MANIFEST.json"  # holds the time of its making
 
@@ -70,6 +72,15 @@ def _opened(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise Refused(f"{path} is no archive: {error}") from None
+
+
+def pictures(folder: Path | None, preprocessing: Preprocessing) -> Iterator[tuple[str, Picture]]:
+    """Yield the photos of a folder by name, or those that scikit-image ships."""
+    paths = [photo_path().with_name(name) for name in PACKAGED]
+    if folder is not None:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    for path in paths:
+        yield path.stem, read_picture(path.read_bytes(), preprocessing, 10**8)
 
 
 def progress() -> Progress:
