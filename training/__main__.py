@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -51,6 +52,7 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     if recipe.augmentation is not None:
         told = "augmented views of an image that frozen features are kept of; 0: new ones each epoch (default: %(default)s)"
         command.add_argument("--views", type=whole(0), default=recipe.views, help=told)
+        command.add_argument("--unaugmented", action="store_true", help="train on the images as they are")
     command.add_argument("--seed", type=whole(0), default=0, help="of splits, weights and order (default: %(default)s)")
     command.add_argument(
         "--workers", type=whole(0), default=min(4, (os.cpu_count() or 1) - 1), help="processes that read images"
@@ -63,11 +65,20 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     command.set_defaults(carry_out=train, recipe=recipe, name=name)
 
 
+def changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line changes of a recipe."""
+    changed = {name: getattr(options, name) for name in OVERRIDES if name in options}
+    if "part" in changed:
+        changed["part"] = Part(changed["part"])
+    if getattr(options, "unaugmented", False):
+        changed["augmentation"] = None
+    return changed
+
+
 def train(options: argparse.Namespace) -> int:
     """Train by a recipe; the same command goes on where it was stopped."""
     keep_freed_memory()
-    changes = {name: getattr(options, name) for name in OVERRIDES if name in options}
-    recipe: Recipe = replace(options.recipe, **changes | ({"part": Part(changes["part"])} if "part" in changes else {}))
+    recipe: Recipe = replace(options.recipe, **changes(options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress() as shown:
         place = Place(device, RUN / "features", options.workers, shown)
