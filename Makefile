@@ -21,6 +21,9 @@ support: setup  ## write the README's table of architectures anew
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
 	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))
 
+experiment-%: setup  ## repeat a student report on DATA, a folder of images (docs/experiments); writes run/experiments/
+	@$(RUN) -m experiments.$* --data $(DATA) $(OPTIONS)
+
 bench: setup  ## the engine beside Captum, pytorch-grad-cam and zennit, on one core; writes run/bench/
 	@taskset -c 0 $(RUN) -m bench $(if $(QUICK),--quick)
 
