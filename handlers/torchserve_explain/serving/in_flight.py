@@ -14,7 +14,6 @@ from torchserve_explain.serving.service import RawRequest, Service, error_answer
 log = logging.getLogger(__name__)
 TRANSFERS = 4  # a call lasts so many times as long as its hand-over, which so stays under a fifth
 LONGEST = 1.0  # seconds of a call, however long the hand-over takes
-REST = 0.25  # of a call: where less is left, no further pass is begun
 
 
 class InFlight:
@@ -36,8 +35,10 @@ class InFlight:
         began = self._clock()
         quantum = self._length(began)
         self._take(requests)
-        while not (finished := self._finished()) and (left := began + quantum - self._clock()) > REST * quantum:
+        now, longest = began, 0.0
+        while not (finished := self._finished()) and (left := began + quantum - now) > longest:
             self._engine.step(left)
+            now, longest = self._clock(), max(longest, self._clock() - now)  # a further step of that length must fit
         self._returned = self._clock() if self._tasks else None
         return finished
 
