@@ -50,7 +50,7 @@ def friendly(image: bytes, methods: Mapping[str, dict[str, str]]) -> list[Case]:
     """Return predictions in every form, and each method as maps; some in every output and protocol."""
     encoded = base64.b64encode(image).decode()
     blob = {"name": "data", "datatype": "BYTES", "shape": [1], "data": [encoded]}
-    v1, v2 = {"instances": [{"data": encoded}, {"data": encoded}]}, {"inputs": [blob]}
+    v1, v2 = {"instances": [{"data": encoded}, {"data": encoded}]}, {"id": "mine", "inputs": [blob]}
     cam = {"method": "grad_cam"}
     explained = [
         Case(f"{method}, npy", method, "/explanations/{name}", _form(image, fields | {"method": method, "output": "npy"}))

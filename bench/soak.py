@@ -205,7 +205,9 @@ def table(tally: Tally, minutes: float) -> str:
         p50, p99 = (1000 * quantile(seconds, share) for share in (0.5, 0.99))
         text.append(f"| {kind} | {len(seconds)} | {p50:.0f} | {p99:.0f} |")
     text += ["", "| after, s | worker, MB |", "|---|---|", *(f"| {at:.0f} | {held:.0f} |" for at, held in tally.memory)]
-    text += ["", *(f"- wrong: {told}" for told in tally.wrong[:20])]
+    kinds = Counter(told.partition(":")[0] for told in tally.wrong)
+    examples = {told.partition(":")[0]: told for told in tally.wrong}
+    text += ["", *(f"- wrong, {count} times: {examples[kind]}" for kind, count in kinds.most_common())]
     return "\n".join(text).rstrip() + "\n"
 
 
