@@ -4,7 +4,7 @@ NAME ?= imagenet
 RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
-.PHONY: serve test demo study bench bench-growth bench-serve support lint setup clean
+.PHONY: serve test demo study bench bench-growth bench-serve soak support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
@@ -31,7 +31,10 @@ bench-growth: setup  ## how time and memory grow with images, pixels, classes an
 	@taskset -c 0 $(RUN) -m bench.growth
 
 bench-serve: setup  ## the handler beside TorchServe's own, over HTTP; writes run/bench/
-	@$(RUN) -m bench.server
+	@$(RUN) -m bench.server $(if $(QUICK),--quick)
+
+soak: setup  ## the server under a mixed, partly hostile load for MINUTES (default: 30); writes run/soak/
+	@$(RUN) -m bench.soak --minutes $(or $(MINUTES),30)
 
 lint: setup  ## style and types
 	@$(RUN) -m ruff check .
