@@ -10,8 +10,8 @@ from torchserve_explain.attribution.rows import Rows
 from torchserve_explain.attribution.tasks import Task
 
 LEARNING = 0.3  # weight of the newest pass in what a pass of its size is expected to take
-FORGETTING = 0.995  # by which a size that does not fit is forgotten each time it is passed over
-HOPE = 0.5  # of a row's seconds, that one more row is hoped to take
+FORGETTING = 0.98  # by which a size that does not fit is forgotten each time it is passed over
+HOPE = 0.25  # of a row's seconds, that one more row is hoped to take
 AGEING = 8  # one pass in so many belongs to the request that has waited longest, so that nothing starves
 LEARNT_FROM = 5  # the latest passes, whose median a row is expected to take: a first pass may take far longer
 MEASURED = 3  # passes that must have been measured before they make anything certain
@@ -50,12 +50,13 @@ class Pace:
         return rows
 
     def _expected(self, rows: int) -> float:
-        """Return the seconds of a pass; where that size is not known, hopefully: each further row half of those before."""
+        """Return the seconds of a pass; one row more than what is known is hoped to be cheap, so that it is tried."""
         smaller = max((known for known in self._seconds if known <= rows), default=None)
         if smaller is None:
             larger = min(self._seconds)
             return self._seconds[larger] * rows / larger
-        return self._seconds[smaller] * (1 + HOPE * (rows - smaller) / smaller)
+        more = (rows - smaller) / smaller
+        return self._seconds[smaller] * (1 + (HOPE * more if rows == smaller + 1 else more))
 
     def fastest_since(self, moment: float) -> float:
         """Return the least seconds a row of the passes since a moment; 0 where too few have been measured."""
