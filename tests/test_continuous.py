@@ -31,14 +31,16 @@ LONG = {"method": "occlusion", "output": "npy"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
-    build_small(tmp_path_factory.mktemp("small"), store, CONTINUOUS.replace("seconds: 60", "seconds: 100"))  # slow machines
+    build_small(
+        tmp_path_factory.mktemp("small"), store, "responseTimeout: 900\n" + CONTINUOUS.replace("seconds: 60", "seconds: 800")
+    )  # slow machines
     with served(["small"], store, tmp_path_factory.mktemp("run")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    with httpx.Client(base_url=server.inference, timeout=120, limits=httpx.Limits(max_connections=100)) as client:
+    with httpx.Client(base_url=server.inference, timeout=900, limits=httpx.Limits(max_connections=100)) as client:
         yield client
 
 
