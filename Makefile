@@ -4,7 +4,7 @@ NAME ?= imagenet
 RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
-.PHONY: serve test demo study bench bench-growth bench-serve support lint setup clean
+.PHONY: serve test demo study bench bench-growth bench-serve soak support lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
@@ -15,11 +15,14 @@ test: setup  ## run all tests, a live server among them
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
 	@$(RUN) -m torchserve_explain demo
 
-support: setup  ## write the README's table of architectures anew
+support: setup  ## write docs/architectures.md's table anew
 	@PYTHONPATH=tests $(RUN) -m support
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
 	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))
+
+experiment-%: setup  ## repeat a student report on DATA, a folder of images (docs/experiments); writes run/experiments/
+	@$(RUN) -m experiments.$* --data $(DATA) $(OPTIONS)
 
 bench: setup  ## the engine beside Captum, pytorch-grad-cam and zennit, on one core; writes run/bench/
 	@taskset -c 0 $(RUN) -m bench $(if $(QUICK),--quick)
@@ -29,6 +32,9 @@ bench-growth: setup  ## how time and memory grow with images, pixels, classes an
 
 bench-serve: setup  ## the handler beside TorchServe's own, over HTTP; writes run/bench/
 	@$(RUN) -m bench.server
+
+soak: setup  ## the server under a mixed, partly hostile load for MINUTES (default: 30); writes run/soak/
+	@$(RUN) -m bench.soak --minutes $(or $(MINUTES),30)
 
 lint: setup  ## style and types
 	@$(RUN) -m ruff check .

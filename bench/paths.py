@@ -9,7 +9,6 @@ from statistics import mean
 from typing import Any
 
 from bench.subjects import LITE0, network
-from study.__main__ import pictures
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
@@ -17,6 +16,7 @@ from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import pictures
 from torchserve_explain.records import progress
 from torchserve_explain.serving.settings import Limits
 

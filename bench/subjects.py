@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from study.__main__ import pictures
 from torchserve_explain.archive import WEIGHTS
 from torchserve_explain.archiver import ensure_archive
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.network import MODEL, build_network
 from torchserve_explain.paths import ROOT
+from torchserve_explain.photo import pictures
 from torchserve_explain.serving.settings import Preprocessing
 
 LITE0 = "efficientnet_lite0"

@@ -19,21 +19,9 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.paths import ROOT
-from torchserve_explain.photo import photo_path
-from torchserve_explain.records import SUFFIXES, Record, add_record, progress, read_records, write_records
+from torchserve_explain.photo import photo_path, pictures
+from torchserve_explain.records import Record, add_record, progress, read_records, write_records
 from torchserve_explain.serving.images import Picture, read_picture
-from torchserve_explain.serving.settings import Preprocessing
-
-PACKAGED = ("coffee.png", "chelsea.png", "astronaut.png", "rocket.jpg", "motorcycle_left.png")  # photos of scikit-image
-
-
-def pictures(folder: Path | None, preprocessing: Preprocessing) -> Iterator[tuple[str, Picture]]:
-    """Yield the photos of a folder by name, or those that scikit-image ships."""
-    paths = [photo_path().with_name(name) for name in PACKAGED]
-    if folder is not None:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    for path in paths:
-        yield path.stem, read_picture(path.read_bytes(), preprocessing, 10**8)
 
 
 class StudyRecords:

@@ -1,4 +1,4 @@
-"""The architectures that are checked, and the README's table of what serves them; run, it writes the table anew."""
+"""The architectures that are checked, and docs/architectures.md's table of what serves them; run, it writes the table anew."""
 
 import re
 import warnings
@@ -16,7 +16,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS
 
 CLASSES = 6
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "architectures.md"
 BEGIN, END = "<!-- architectures: written by 'make support' -->\n", "<!-- end -->"
 
 
@@ -108,11 +108,11 @@ def table(rows: list[str]) -> str:
 
 
 def written() -> str:
-    """Return the table that the README holds."""
-    return README.read_text().split(BEGIN)[1].split(END)[0]
+    """Return the table that the page holds."""
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0]
 
 
 if __name__ == "__main__":
     made = table([row(name, classifier_of(name)) for name in ARCHITECTURES])
-    README.write_text(re.sub(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: made, README.read_text(), flags=re.S))
+    PAGE.write_text(re.sub(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: made, PAGE.read_text(), flags=re.S))
     print(made)

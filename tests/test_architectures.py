@@ -75,6 +75,8 @@ def test_every_method_in_a_mixed_batch(served):
             assert float(attribution.abs().max()) > 0, told
         if outcome.evaluations < 100 and not isinstance(job.method, Xrai):  # a rounding may reorder regions
             (alone,) = Engine(classifier, 1).run([job])
+            if job.method.adaptive and alone.evaluations != outcome.evaluations:
+                continue  # in float32 a rounding may decide whether the path is refined once more
             difference = float((alone.value.map - attribution).norm())
             assert difference <= 0.1 * float(alone.value.map.norm()), f"{told}: differs by {difference}"
         if type(job.method).__name__ in ("DeepLift", "KernelShap"):

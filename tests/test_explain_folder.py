@@ -60,11 +60,12 @@ def labelled(tmp_path_factory, store):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """What the engine is asked to run, one list of works a run."""
+    """The maps that the engine is asked for, one list of jobs a run."""
     runs, original = [], Engine.run
 
     def counted(self, works, *rest):
-        runs.append(list(works))
+        if jobs := [work for work in works if isinstance(work, Job)]:  # predictions are works, too
+            runs.append(jobs)
         return original(self, works, *rest)
 
     monkeypatch.setattr(Engine, "run", counted)

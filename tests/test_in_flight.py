@@ -75,6 +75,9 @@ def test_a_call_lasts_longer_where_handing_over_takes_long(service):
     now = [0.0]
     in_flight = InFlight(service, Engine(service._classifier, 2), 0.05, clock=lambda: now[0])
     assert in_flight._length(0.0) == 0.05
+    in_flight._short = 10.0
+    assert in_flight._length(11.0) == 0.025 and in_flight._length(13.0) == 0.05  # a short request may have company
+    in_flight._short = -10.0
     in_flight._returned = 1.0
     assert in_flight._length(1.005) == 0.05 and in_flight._length(1.1) == pytest.approx(0.4) and in_flight._length(9.0) == 1.0
 

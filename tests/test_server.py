@@ -9,6 +9,7 @@ import httpx
 import pytest
 from live import CONTINUOUS, build_small, picture, served
 
+from torchserve_explain import cli
 from torchserve_explain.errors import ServerError
 from torchserve_explain.servers import torchserve
 from torchserve_explain.servers.torchserve_logs import Logs
@@ -105,6 +106,24 @@ def test_a_server_that_tells_nothing_is_not_waited_for(metrics):
     told.append("Other 3.0")
     assert torchserve._in_flight(server) == 0
     assert torchserve._in_flight(SimpleNamespace(metrics="http://127.0.0.1:9")) == 0
+
+
+def test_the_drain_command_waits_for_the_names_alone(metrics, monkeypatch, capsys):
+    told, server = metrics
+    monkeypatch.setenv("TS_METRICS_ADDRESS", server.metrics)
+    told += [gauge(2.0, 1.0), gauge(0.0, 1.0), gauge(1.0, 1.0), gauge(0.0, 1.0), gauge(0.0, 1.0), gauge(9.0, 9.0)]
+    assert cli.main(["drain", "m0"]) == 0 and told == [gauge(9.0, 9.0)]
+    assert cli.main(["drain", "m0", "m1", "--seconds", "0.3"]) == 1
+    assert "18 requests of m0, m1 are still in flight after 0.3 s" in capsys.readouterr().err
+
+
+def test_the_drain_command_says_what_it_cannot_see(metrics, monkeypatch, capsys):
+    told, server = metrics
+    told.append(gauge(0.0))
+    monkeypatch.setenv("TS_METRICS_ADDRESS", server.metrics)
+    assert cli.main(["drain", "m1"]) == 1 and "tells nothing of m1; known: m0" in capsys.readouterr().err
+    monkeypatch.setenv("TS_METRICS_ADDRESS", "http://127.0.0.1:9")
+    assert cli.main(["drain", "m0"]) == 1 and "does not answer" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

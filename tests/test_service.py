@@ -118,9 +118,12 @@ def test_a_forward_that_raises_for_one_image_fails_its_request_alone(service, mo
         return logits(x)
 
     monkeypatch.setattr(service._classifier._model, "forward", forward)
-    failed, *fine = answers(service, predict({"data": white()}), predict(), explain())
-    assert failed.status == 500 and [answer.status for answer in fine] == [200, 200]
-    assert max(calls) > 1  # they did share one
+    for _ in range(50):  # until they happen to share one
+        failed, *fine = answers(service, predict({"data": white()}), predict(), explain())
+        assert failed.status == 500 and [answer.status for answer in fine] == [200, 200]
+        if max(calls) > 1:
+            return
+    pytest.fail("no two rows shared a pass")
 
 
 def test_explanations_beyond_their_places_are_refused_at_once_and_predictions_are_not(service):

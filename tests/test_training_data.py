@@ -1,5 +1,7 @@
 """Folders of images: what is split, what is left out, what is refused; augmentation that depends on its seed alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,24 +110,43 @@ def test_an_image_that_is_not_augmented_is_what_the_server_sees(folder):
     samples = read(folder).splits["train"]
     for (inputs, label), sample in zip(Images(samples, PREPROCESSING), samples, strict=True):
         assert label == sample.label
-        assert torch.equal(inputs, read_picture(sample.path.read_bytes(), PREPROCESSING, 10**6).input)
+        assert torch.equal(inputs, read_picture(sample.path.read_bytes(), PREPROCESSING, 10**6).input[None])
 
 
-def test_augmentation_depends_on_seed_epoch_and_place_alone(folder):
+def test_augmentation_depends_on_seed_view_and_image_alone(folder):
     samples = read(folder).splits["train"]
     turned = nn.Sequential(transforms.RandomAffine(40, (0.2, 0.2), (0.8, 1.2)), transforms.RandomHorizontalFlip())
 
-    def drawn(seed, epoch, place, before):
-        images = Images(samples, PREPROCESSING, turned, seed)
-        images.epoch = epoch
+    def drawn(seed, views, before, order=samples):
+        images = Images(order, PREPROCESSING, turned, seed)
+        images.views = views
         torch.manual_seed(before)
-        return images[place][0]
+        return images[order.index(samples[0])][0]
 
-    state = torch.get_rng_state()
-    assert torch.equal(drawn(0, 0, 0, 5), drawn(0, 0, 0, 6))
-    different = [drawn(0, 0, 0, 5), drawn(1, 0, 0, 5), drawn(0, 1, 0, 5)]
-    assert all(not torch.equal(different[0], other) for other in different[1:])
-    torch.set_rng_state(state)
+    both = drawn(0, [0, 1], 5)
+    assert both.shape == (2, 3, 32, 32) and not torch.equal(both[0], both[1])
+    assert torch.equal(drawn(0, [1], 6, samples[::-1]), both[1:])  # wherever the image lies in the list
+    assert not torch.equal(drawn(1, [0], 5), both[:1])
+    same = Images([replace(samples[0], digest=samples[1].digest)], PREPROCESSING, turned)
+    assert not torch.equal(same[0][0], both[:1])
+
+
+def test_augmentation_leaves_the_random_state_as_it_was(folder):
+    images = Images(read(folder).splits["train"], PREPROCESSING, transforms.RandomAffine(40))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    images[0]
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_an_image_is_decoded_once_for_all_its_views(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("training.data.read_picture", lambda *given: decoded.append(1) or read_picture(*given))
+    images = Images(read(folder).splits["train"], PREPROCESSING, transforms.RandomAffine(40))
+    decoded.clear()
+    images.views = range(5)
+    assert len(images[0][0]) == 5 and len(decoded) == 1
 
 
 def test_deep_photos_are_reduced_as_the_server_does(tmp_path):

@@ -1,5 +1,6 @@
 """The parts of training: divided networks, training that goes on, kept features, scores, GANs, what is exported and refused."""
 
+import sys
 from dataclasses import replace
 from itertools import chain
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from patches import write_folder
+from rich.console import Console
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -24,7 +26,7 @@ from training.architectures.direction import Direction
 from training.data import Images, read_folder
 from training.evaluation import evaluate
 from training.export import architecture_of, direction_architecture
-from training.features import Kept, Live, Place, in_order, read_source, shuffled
+from training.features import Kept, in_order, shuffled
 from training.fit import Training, balanced, fit
 from training.gan import SIDE, Discriminator, Drawing, Generator, draw_samples, train_gan
 from training.mean_difference import best_threshold, held_out_accuracy, mean_difference
@@ -72,7 +74,7 @@ def toy(seed=0, count=40):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 2
     points = torch.randn(count, 3, 1, 1, generator=generator) + 2 * labels[:, None, None, None]
-    return Kept(points, labels.tolist(), CPU)
+    return Kept(points[:, None], labels.tolist(), CPU)
 
 
 def toy_training(path, **changes):
@@ -105,7 +107,7 @@ def test_the_best_epoch_is_kept_and_training_ends_when_none_is_better(tmp_path):
     worth = [(epoch.val_accuracy, -epoch.val_loss) for epoch in epochs]
     assert len(epochs) == 1 + worth.index(max(worth)) + 3 < 40
     with torch.no_grad():
-        logits = training_.trained(toy(1).features)
+        logits = training_.trained(toy(1).features[:, 0])
     assert float(nn.functional.cross_entropy(logits, torch.tensor(toy(1).labels))) == pytest.approx(-max(worth)[1], rel=1e-5)
 
 
@@ -125,38 +127,12 @@ def test_an_epoch_sees_each_image_once_and_leaves_no_batch_of_one():
     assert [len(batch) for batch in shuffled(9, 4, 0, 0)] == [4, 4]
 
 
-def test_features_are_computed_once_for_an_image_a_network_and_a_preprocessing(tmp_path):
-    preprocessing = preprocessing_for("cnn", 32)
-    samples = read_folder(write_folder(tmp_path / "images", count=6), preprocessing, (0.6, 0.2, 0.2), 0).splits["train"]
-    calls = []
-
-    class Counting(nn.Conv2d):
-        def forward(self, x):
-            calls.append(len(x))
-            return super().forward(x)
-
-    frozen = nn.Sequential(Counting(3, 2, 3)).eval().requires_grad_(False)
-    place = Place(CPU, tmp_path / "features")
-
-    def kept(some, chosen=preprocessing):
-        calls.clear()
-        source = read_source(Images(some, chosen), frozen, place)
-        cost = sum(calls) - 1  # one tells how large they are
-        assert isinstance(source, Kept) and source.labels == [sample.label for sample in some]
-        return source.features, cost
-
-    first, cost = kept(samples[:6])
-    assert cost == 6
-    torch.testing.assert_close(first[2:3], frozen(Images(samples, preprocessing)[2][0][None]))
-    again, cost = kept(samples)
-    assert cost == len(samples) - 6 and torch.equal(again[:6], first)
-    assert kept(list(reversed(samples)))[1] == 0
-    assert kept(samples, preprocessing_for("cnn", 16))[1] == len(samples)
-    with torch.no_grad():
-        frozen[0].weight.add_(1)
-    assert kept(samples)[1] == len(samples)
-    assert isinstance(read_source(Images(samples, preprocessing, nn.Identity()), frozen, place), Live)
-    assert isinstance(read_source(Images(samples, preprocessing), nn.Sequential(), place), Live)
+def test_a_line_is_written_after_each_epoch_where_there_is_no_terminal(tmp_path, capsys):
+    with Progress(console=Console(file=sys.stdout, force_terminal=False)) as shown:
+        training_ = toy_training(tmp_path / "state.pt")
+        training_.epoch(toy(), toy(1), shown)
+        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/6: ")]
+    assert len(told) == 1 and f"{training_.epochs[0].val_loss:.3f}" in told[0]
 
 
 def test_the_direction_and_its_scores_are_the_closed_form():
@@ -263,7 +239,7 @@ def test_drawn_images_are_kept_and_belong_to_their_class(tmp_path):
     assert [sample.label for sample in drawn] == [0, 0, 0, 1, 1, 1]
     times = [sample.path.stat().st_mtime_ns for sample in drawn]
     assert [s.path.stat().st_mtime_ns for s in draw_samples(data.splits["train"], data.classes, drawing, 0)] == times
-    assert len(Images(drawn, preprocessing)[5][0]) == 3
+    assert Images(drawn, preprocessing)[5][0].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(

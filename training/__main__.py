@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,7 +28,7 @@ from training.recipe import Part, Recipe, read_recipe, recipe_names
 from training.run import run
 
 RUN = ROOT / "run"  # where what can be computed again is kept
-OVERRIDES = ("epochs", "batch", "learning_rate", "optimizer", "size")  # of a recipe, by the command line
+OVERRIDES = ("part", "epochs", "batch", "learning_rate", "optimizer", "size", "views")  # of a recipe, by the command line
 
 
 def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
@@ -41,10 +42,16 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     command.add_argument("--weights", default=PRETRAINED, help=f"{PRETRAINED}, random, or a state dict (default: %(default)s)")
     command.add_argument("--size", type=whole(1), default=recipe.size, help="of the model's input (default: %(default)s)")
     if recipe.part is not Part.DIRECTION:
+        parts = [str(part) for part in Part if part is not Part.DIRECTION]
+        command.add_argument("--part", choices=parts, default=str(recipe.part), help="what learns (default: %(default)s)")
         command.add_argument("--epochs", type=whole(1), default=recipe.epochs, help="at most (default: %(default)s)")
         command.add_argument("--batch", type=whole(1), default=recipe.batch, help="default: %(default)s")
         command.add_argument("--learning-rate", type=positive, default=recipe.learning_rate, help="default: %(default)s")
         command.add_argument("--optimizer", choices=OPTIMIZERS, default=recipe.optimizer, help="default: %(default)s")
+    if recipe.augmentation is not None:
+        told = "augmented views of an image that frozen features are kept of; 0: new ones each epoch (default: %(default)s)"
+        command.add_argument("--views", type=whole(0), default=recipe.views, help=told)
+        command.add_argument("--unaugmented", action="store_true", help="train on the images as they are")
     command.add_argument("--seed", type=whole(0), default=0, help="of splits, weights and order (default: %(default)s)")
     command.add_argument(
         "--workers", type=whole(0), default=min(4, (os.cpu_count() or 1) - 1), help="processes that read images"
@@ -57,10 +64,20 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     command.set_defaults(carry_out=train, recipe=recipe, name=name)
 
 
+def changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line changes of a recipe."""
+    changed = {name: getattr(options, name) for name in OVERRIDES if name in options}
+    if "part" in changed:
+        changed["part"] = Part(changed["part"])
+    if getattr(options, "unaugmented", False):
+        changed["augmentation"] = None
+    return changed
+
+
 def train(options: argparse.Namespace) -> int:
     """Train by a recipe; the same command goes on where it was stopped."""
     keep_freed_memory()
-    recipe: Recipe = replace(options.recipe, **{name: getattr(options, name) for name in OVERRIDES if name in options})
+    recipe: Recipe = replace(options.recipe, **changes(options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress() as shown:
         place = Place(device, RUN / "features", options.workers, shown)

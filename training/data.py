@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
@@ -167,16 +168,18 @@ def _check(data: Data) -> None:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Samples as the served classifier would see them, normalised [C, H, W], or augmented on top of that.
+    """Samples as the served classifier would see them, normalised: each is its `views` [views, C, H, W] and its label.
 
-    An image's augmentation is drawn from `seed`, `epoch` and its place alone, whichever process draws it.
+    Without augmentation the only view is the image itself. What a view shows is drawn from `seed`, the view's number
+    and the file's bytes alone, whichever process draws it; a file is decoded once for all its views.
     """
 
     def __init__(
         self, samples: Sequence[Sample], preprocessing: Preprocessing, augmentation: nn.Module | None = None, seed: int = 0
     ) -> None:
         self.samples, self.preprocessing = samples, preprocessing
-        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+        self.augmentation, self.seed = augmentation, seed
+        self.views: Sequence[int] = (0,)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -185,11 +188,20 @@ class Images(Dataset[tuple[Tensor, int]]):
         sample = self.samples[place]
         picture = read_picture(sample.path.read_bytes(), self.preprocessing, PIXELS)
         if self.augmentation is None:
-            return picture.input, sample.label
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed(self.seed, self.epoch, place))
-            seen = self.augmentation(picture.seen)
-        return self.preprocessing.normalization(to_tensor(seen)), sample.label
+            return picture.input[None], sample.label
+        views = [to_tensor(_drawn(self.augmentation, picture.seen, self._seed(sample, view))) for view in self.views]
+        return self.preprocessing.normalization(torch.stack(views)), sample.label
+
+    def _seed(self, sample: Sample, view: int) -> int:
+        return mixed(self.seed, view, int(sample.digest[:16], 16))
+
+
+def _drawn(augmentation: nn.Module, seen: Image, seed: int) -> Image:
+    """Augment a picture, leaving the random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        augmented: Image = augmentation(seen)
+    return augmented
 
 
 def mixed(*numbers: int) -> int:

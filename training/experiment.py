@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchserve_explain.serving.settings import Preprocessing
 from training.data import SPLITS, Data, Images
 from training.export import Architecture
-from training.features import Place, Source, digest_of, read_source
+from training.features import Place, Source, digest_of, made_fast, read_source
 from training.fit import Epoch
 from training.gan import Drawing
 from training.networks import preprocessing_for
@@ -61,11 +61,13 @@ def read_sources(
     experiment: Experiment, data: Data, frozen: nn.Sequential, augmentation: nn.Module | None
 ) -> dict[str, Source]:
     """Return what the learning part sees of each split; only training images are augmented."""
+    fast = made_fast(frozen)
     return {
         split: read_source(
             Images(data.splits[split], experiment.preprocessing, augmentation if split == "train" else None, experiment.seed),
-            frozen,
+            fast,
             experiment.place,
+            experiment.recipe.views,
         )
         for split in SPLITS
     }

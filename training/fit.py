@@ -77,6 +77,8 @@ class Training:
         if max(self.epochs, key=_worth) is self.epochs[-1]:
             self.best = {name: tensor.clone() for name, tensor in self.trained.state_dict().items()}
         self._keep()
+        if not progress.disable:
+            progress.console.print(_line(number + 1, self.recipe.epochs, self.epochs[-1]), soft_wrap=True)
 
     def _step(self, inputs: Tensor, labels: Tensor) -> tuple[float, Tensor]:
         """Learn from a batch; return its loss and logits."""
@@ -120,6 +122,13 @@ def fit(training: Training, train: Source, val: Source, progress: Progress) -> l
     training.trained.load_state_dict(training.best)
     training.trained.eval()
     return training.epochs
+
+
+def _line(number: int, epochs: int, epoch: Epoch) -> str:
+    """Return what is told of an epoch, where a bar can be drawn and where it cannot."""
+    trained = f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.3f}"
+    held_out = f"validation loss {epoch.val_loss:.3f}, accuracy {epoch.val_accuracy:.3f}"
+    return f"epoch {number}/{epochs}: {trained}; {held_out}; {epoch.seconds:.1f} s"
 
 
 def _worth(epoch: Epoch) -> tuple[float, float]:

@@ -95,7 +95,7 @@ def _real(own: Sequence[Sample]) -> Tensor:
     """Return a class's images [n, 3, 64, 64] in [-1, 1]."""
     preprocessing = Preprocessing(resize=SIDE, crop=SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
     images = Images(own, preprocessing)
-    return torch.stack([images[place][0] for place in range(len(images))])
+    return torch.cat([images[place][0] for place in range(len(images))])
 
 
 def train_gan(real: Tensor, drawing: Drawing, name: str = "") -> Generator:

@@ -24,7 +24,7 @@ def learn(experiment: Experiment, data: Data) -> Learnt:
         experiment.backbone, experiment.weights, len(data.classes), recipe.part, recipe.first.get(experiment.backbone)
     )
     check_size(network.model, recipe.size, experiment.backbone)
-    network.model.to(experiment.place.device)
+    network.model.to(experiment.place.device).to(memory_format=torch.channels_last)
     sources = read_sources(experiment, data, network.frozen, recipe.augmentation)
     weights = balanced(data.counts("train")).to(experiment.place.device)
     path = experiment.states / f"{state_key(experiment, data, network.model)}.pt"

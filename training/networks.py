@@ -70,7 +70,7 @@ def build(name: str, weights: str, classes: int, part: Part, first: str | None =
     if weights == RANDOM:
         model = _blank(name, classes)
     else:
-        model = _pretrained(name) if weights == PRETRAINED else _from_file(name, Path(weights))
+        model = build_pretrained(name) if weights == PRETRAINED else _from_file(name, Path(weights))
         _replace_head(model, classes)
     if weights == RANDOM and name not in FROM_SCRATCH:
         warnings.warn(f"{name} starts from random weights: its frozen part knows nothing of images", stacklevel=2)
@@ -146,7 +146,7 @@ def _blank(name: str, classes: int) -> nn.Module:
     return model
 
 
-def _pretrained(name: str) -> nn.Module:
+def build_pretrained(name: str) -> nn.Module:
     """Build a backbone with the weights that its library offers; those of `lite0` lie in an installed package."""
     model: nn.Module
     if name == "lite0":

@@ -16,7 +16,7 @@ class Part(StrEnum):
     """What of a backbone learns; the rest stays as it is."""
 
     HEAD = "head"
-    LAST_STAGE = "last stage"
+    LAST_STAGE = "last-stage"
     ALL = "all"
     DIRECTION = "direction"  # nothing by gradient: the mean difference of the features of two classes
 
@@ -26,8 +26,9 @@ class Recipe:
     """An experiment's settings; the first of its backbones is the default, and `lite0` serves every recipe.
 
     `first` names a backbone's first module that learns, where its last stage is not enough. Images are resized by
-    their shorter side to `size` and cropped to the centre. `normalization` replaces a backbone's own. Training ends
-    after `epochs`, or `patience` of them without a better one on the validation images.
+    their shorter side to `size` and cropped to the centre. Where a part is frozen, its features of `views` augmented views
+    of each training image are computed once and taken in turn; with 0 every epoch draws new ones. `normalization` replaces
+    a backbone's own. Training ends after `epochs`, or `patience` of them without a better one on the validation images.
     """
 
     backbones: tuple[str, ...]
@@ -35,6 +36,7 @@ class Recipe:
     first: Mapping[str, str] = field(default_factory=dict)
     size: int = 224
     augmentation: nn.Module | None = None
+    views: int = 4
     normalization: Mapping[str, Normalization] = field(default_factory=dict)
     optimizer: str = "adamw"
     learning_rate: float = 1e-3

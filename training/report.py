@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import Map, Scale, draw_overlay, fitted, small_png
 from torchserve_explain.serving.settings import Limits, Preprocessing
+from training.charts import Line, chart
 from training.data import PIXELS, Data
 
 REPORT = "report.html"
@@ -51,11 +53,12 @@ def write_report(
     """Write report.html; `logits` [n, classes] are those of the test images."""
     engine = Engine(Classifier(model, preprocessing.normalization, preprocessing.size, device), Limits().pack)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"points": points, "percent": lambda share: f"{100 * share:.1f} %"}
+    environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %"}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=out.name,
         metrics=metrics,
         curves=curves(metrics["epochs"]),
+        rocs=rocs(metrics),
         confused=confused(metrics),
         small=len(data.classes) <= LARGEST_TABLE,
         examples=list(examples(engine, data, logits, preprocessing, metrics["method"])),
@@ -63,20 +66,22 @@ def write_report(
     (out / REPORT).write_text(text, encoding="utf-8")
 
 
-def curves(epochs: Sequence[dict[str, float]]) -> dict[str, list[tuple[str, list[float]]]]:
-    """Return the lines of each diagram over the epochs: its name, and what they are of."""
+def curves(epochs: Sequence[dict[str, float]]) -> dict[str, tuple[Markup, list[Line]]]:
+    """Return the diagrams over the epochs by what they show: each drawn, and its lines."""
     keys = {"loss": ("loss", "val_loss"), "accuracy": ("accuracy", "val_accuracy")}
-    names = ("training images", "validation images")
-    return {
-        title: [(name, [epoch[key] for epoch in epochs]) for name, key in zip(names, pair, strict=True)]
-        for title, pair in keys.items()
-        if epochs
-    }
+    names, numbers = ("training images", "validation images"), range(1, len(epochs) + 1)
+    drawn = {}
+    for title, pair in keys.items() if epochs else ():
+        lines = [Line(name, numbers, [epoch[key] for epoch in epochs]) for name, key in zip(names, pair, strict=True)]
+        drawn[title] = (Markup(chart(lines, "epoch", title)), lines)
+    return drawn
 
 
-def points(xs: Sequence[float], ys: Sequence[float], right: float, top: float) -> str:
-    """Return the points of a polyline in a square of 100, the origin at its lower left."""
-    return " ".join(f"{100 * x / (right or 1):.2f},{100 - 100 * y / (top or 1):.2f}" for x, y in zip(xs, ys, strict=True))
+def rocs(metrics: dict[str, Any]) -> dict[str, Markup]:
+    """Return the receiver operating characteristic of each split that has one, drawn."""
+    title = f"true positives of {metrics['classes'][1]}"
+    lines = {split: Line(split, roc["false_positives"], roc["true_positives"]) for split, roc in metrics.get("roc", {}).items()}
+    return {split: Markup(chart([line], "false positives", title)) for split, line in lines.items()}
 
 
 def confused(metrics: dict[str, Any]) -> list[tuple[str, str, int]]:

@@ -1,11 +1,11 @@
-"""The command torchserve-explain: build archives, serve them, try a server, explain a folder."""
+"""The command torchserve-explain: build archives, serve them, drain a server, try it, explain a folder."""
 
 import argparse
 from collections.abc import Sequence
 
 from torchserve_explain import __version__, archiver, demo
 from torchserve_explain.gallery import explain
-from torchserve_explain.servers import torchserve
+from torchserve_explain.servers import drain, torchserve
 
 
 def parser() -> argparse.ArgumentParser:
@@ -13,7 +13,8 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="torchserve-explain", description=__doc__)
     command.add_argument("--version", action="version", version=__version__)
     commands = command.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in {"archive": archiver, "serve": torchserve, "demo": demo, "explain": explain}.items():
+    modules = {"archive": archiver, "serve": torchserve, "drain": drain, "demo": demo, "explain": explain}
+    for name, module in modules.items():
         about = (module.__doc__ or "").strip()
         one = commands.add_parser(name, help=about.splitlines()[0], description=about)
         module.add_arguments(one)

@@ -9,6 +9,6 @@ RECIPE = Recipe(
     size=256,  # the images have 250 pixels, a local defect 10 to 20
     learning_rate=5e-4,
     epochs=6,
-    method="biased_layer",  # of the ways in study/textile.py the one with most of its map at the defect
+    method="biased_layer",  # of the ways in experiments/textile.py the one with most of its map at the defect
     patience=5,
 )

@@ -3,13 +3,17 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
+from statistics import median
 from typing import Any
 
 from torchserve_explain.attribution.rows import Rows
 from torchserve_explain.attribution.tasks import Task
 
-AGEING = 4  # one pass in so many belongs to the request that has waited longest, so that nothing starves
-LEARNING = 0.5  # weight of the newest pass in what a row is expected to take
+LEARNING = 0.3  # weight of the newest pass in what a pass of its size is expected to take
+FORGETTING = 0.98  # by which a size that does not fit is forgotten each time it is passed over
+HOPE = 0.25  # of a row's seconds, that one more row is hoped to take
+AGEING = 8  # one pass in so many belongs to the request that has waited longest, so that nothing starves
+LEARNT_FROM = 5  # the latest passes, whose median a row is expected to take: a first pass may take far longer
 MEASURED = 3  # passes that must have been measured before they make anything certain
 GROWING = 50  # passes that must fit before a halved pack is tried at twice the size
 
@@ -17,24 +21,42 @@ Kind = tuple[bool, Any, bool]
 
 
 class Pace:
-    """How long a row of one kind takes, learnt from passes of that kind."""
+    """How long rows of one kind take, learnt from passes of that kind.
+
+    A pass of two rows takes far less than twice as long as one of one, so seconds are kept for each number of rows.
+    """
 
     def __init__(self) -> None:
         self.row_seconds: float | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=64)  # when a pass ended, and its seconds a row
+        self._seconds: dict[int, float] = {}  # of a pass, by its rows
 
     def learn(self, now: float, rows: int, seconds: float) -> None:
         """Take a pass into account."""
-        latest = seconds / rows
-        known = latest if self.row_seconds is None else self.row_seconds
-        self.row_seconds = known + LEARNING * (latest - known)
-        self._recent.append((now, latest))
+        self._recent.append((now, seconds / rows))
+        self.row_seconds = median([latest for _, latest in list(self._recent)[-LEARNT_FROM:]])
+        known = self._seconds.get(rows, seconds)
+        self._seconds[rows] = min(seconds, known + LEARNING * (seconds - known))  # a pass is disturbed, never helped
 
     def rows_within(self, seconds: float, most: int) -> int:
-        """Return how many rows fit into a time: at least one, and only one while nothing is known."""
+        """Return how many rows are expected to fit into a time: at least one, and only one while nothing is known."""
         if seconds == inf:
             return most
-        return max(1, min(most, int(seconds / self.row_seconds))) if self.row_seconds else 1
+        rows = 1
+        while self._seconds and rows < most and self._expected(rows + 1) <= seconds:
+            rows += 1
+        if rows + 1 in self._seconds:
+            self._seconds[rows + 1] *= FORGETTING  # so that a size that was once too slow is tried again
+        return rows
+
+    def _expected(self, rows: int) -> float:
+        """Return the seconds of a pass; one row more than what is known is hoped to be cheap, so that it is tried."""
+        smaller = max((known for known in self._seconds if known <= rows), default=None)
+        if smaller is None:
+            larger = min(self._seconds)
+            return self._seconds[larger] * rows / larger
+        more = (rows - smaller) / smaller
+        return self._seconds[smaller] * (1 + (HOPE * more if rows == smaller + 1 else more))
 
     def fastest_since(self, moment: float) -> float:
         """Return the least seconds a row of the passes since a moment; 0 where too few have been measured."""

@@ -23,16 +23,16 @@ from torchserve_explain.archiver import ensure_archive
 from torchserve_explain.errors import ExplainError, ServerError
 from torchserve_explain.paths import ROOT, STORE, packaged
 from torchserve_explain.photo import photo_path
+from torchserve_explain.servers.drain import METRICS, in_flight, wait_until_idle
 from torchserve_explain.servers.torchserve_logs import Logs
 
 STARTUP_SECONDS = 300
 DRAIN_SECONDS = 10
-IN_FLIGHT = "RequestsInFlight"  # the handler's gauge of the requests that stay in a continuous batch
 LOG = "torchserve.log"
 ADDRESSES = {  # what the server listens on, as TorchServe's own environment variables name it
     "TS_INFERENCE_ADDRESS": "http://127.0.0.1:8080",
     "TS_MANAGEMENT_ADDRESS": "http://127.0.0.1:8081",
-    "TS_METRICS_ADDRESS": "http://127.0.0.1:8082",
+    "TS_METRICS_ADDRESS": METRICS,
     "TS_GRPC_INFERENCE_PORT": "7070",
     "TS_GRPC_MANAGEMENT_PORT": "7071",
 }
@@ -230,20 +230,14 @@ def _tail(log: Path) -> str:
 
 
 def _drain(server: Server) -> None:
-    """Wait until no request is in flight twice in a row, since one is told only after its first step; at most DRAIN_SECONDS."""
-    deadline, idle = time.monotonic() + DRAIN_SECONDS, 0
-    while server.process.poll() is None and time.monotonic() < deadline:
-        idle = 0 if _in_flight(server) else idle + 1
-        if idle == 2:
-            return
-        time.sleep(0.2)
+    """Wait until no request is in flight, or the server has ended; at most DRAIN_SECONDS."""
+    wait_until_idle(lambda: 0 if server.process.poll() is not None else _in_flight(server), DRAIN_SECONDS)
 
 
 def _in_flight(server: Server) -> float:
     """Return how many requests the server's models work on, 0 where that is not told."""
     with suppress(httpx.HTTPError):
-        lines = httpx.get(f"{server.metrics}/metrics", timeout=2).text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{IN_FLIGHT}{{"))
+        return sum(in_flight(server.metrics).values())
     return 0
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 
 from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
@@ -13,17 +14,20 @@ from torchserve_explain.serving.service import RawRequest, Service, error_answer
 
 log = logging.getLogger(__name__)
 TRANSFERS = 4  # a call lasts so many times as long as its hand-over, which so stays under a fifth
+COMPANY = 2.0  # seconds after a short request in which another is expected
 LONGEST = 1.0  # seconds of a call, however long the hand-over takes
-REST = 0.25  # of a call: where less is left, no further pass is begun
 
 
 class InFlight:
-    """Answers requests by their ids; each call runs passes for about `quantum` seconds, or until a request is done."""
+    """Answers requests by their ids; each call runs passes for about `quantum` seconds, or until a request is done.
+
+    While short requests come, a call lasts half as long."""
 
     def __init__(self, service: Service, engine: Engine, quantum: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._service, self._engine, self._quantum, self._clock = service, engine, quantum, clock
         self._tasks: dict[str, Task[Answer]] = {}
         self._returned: float | None = None  # when the last call ended with requests in flight
+        self._short = -inf  # when a short request was last answered
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -36,8 +40,10 @@ class InFlight:
         began = self._clock()
         quantum = self._length(began)
         self._take(requests)
-        while not (finished := self._finished()) and (left := began + quantum - self._clock()) > REST * quantum:
+        now, longest = began, 0.0
+        while not (finished := self._finished()) and (left := began + quantum - now) > longest:
             self._engine.step(left)
+            now, longest = self._clock(), max(longest, self._clock() - now)  # a further step of that length must fit
         self._returned = self._clock() if self._tasks else None
         return finished
 
@@ -69,7 +75,8 @@ class InFlight:
         """Return the answers of what has ended, and forget it."""
         ended = {name: task.outcome for name, task in self._tasks.items() if task.outcome is not None}
         for name in ended:
-            del self._tasks[name]
+            if self._tasks.pop(name).seconds < self._quantum:
+                self._short = self._clock()
         return {
             name: error_answer(outcome) if isinstance(outcome, ExplainError) else outcome.value
             for name, outcome in ended.items()
@@ -78,4 +85,6 @@ class InFlight:
     def _length(self, now: float) -> float:
         """Return how long this call may last: long enough that handing all requests over again costs little."""
         handed_over = 0.0 if self._returned is None else now - self._returned
-        return max(self._quantum, min(LONGEST, TRANSFERS * handed_over))
+        # Short requests come in company: while they do, those that arrive next wait for half as long.
+        quantum = self._quantum / 2 if now < self._short + COMPANY else self._quantum
+        return max(quantum, min(LONGEST, TRANSFERS * handed_over))

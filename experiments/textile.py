@@ -148,7 +148,7 @@ def table(found: dict[str, list[Pointing]]) -> str:
 
 def main() -> int:
     """Measure, and draw the picture."""
-    command = argparse.ArgumentParser(prog="python -m study.textile", description=__doc__)
+    command = argparse.ArgumentParser(prog="python -m experiments.textile", description=__doc__)
     command.add_argument("--data", type=Path, required=True, help="the folder that the recipe was trained on")
     command.add_argument("--images", type=int, help="how many held-out local defects are explained (default: all)")
     command.add_argument("--way", default="biased_layer", choices=[way.name for way in WAYS], help="of the picture")
@@ -159,7 +159,7 @@ def main() -> int:
     try:
         archive = load_archive("textile")
     except ArchiveError as reason:
-        print(f"study.textile: {reason}; docs/training.md tells how it is trained", file=sys.stderr)
+        print(f"experiments.textile: {reason}; docs/training.md tells how it is trained", file=sys.stderr)
         return 1
     engine, preprocessing = Engine(archive.classifier, PACK), archive.settings.preprocessing
     metrics = json.loads((ROOT / "classifiers" / "textile" / "metrics.json").read_text())

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy.signal import lfilter
 
-from study.textile import RADIUS, Weave, point
+from experiments.textile import RADIUS, Weave, point
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import png
 from torchserve_explain.serving.settings import Preprocessing

@@ -1,0 +1,105 @@
+"""Report 3, birds: a CNN from nothing with and without augmentation, a transferred network; an American coot explained."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from experiments.output import arguments, carried_out, heatmap, overlaid, save_sheet, write
+from experiments.regions import share
+from experiments.segmentation import Mask
+from experiments.trained import Trained, train
+from torchserve_explain.attribution.methods import Method
+from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.path import GradientShap
+from torchserve_explain.attribution.methods.superpixels import KernelShap, Lime
+from torchserve_explain.gallery.pages import mean_map
+from training.data import read_folder
+from training.recipe import read_recipe
+
+METHODS: dict[str, Method] = {
+    "lime": Lime(),
+    "kernel_shap": KernelShap(),
+    "gradient_shap": GradientShap(),
+    "grad_cam": GradCam(),
+}
+COOT = "AMERICAN COOT"
+CENTRE = 0.5  # of the image's side: the square that most birds are in
+
+Row = dict[str, object]
+
+
+def main() -> None:
+    """Run the experiment that the command line asks for."""
+    options = arguments("birds", __doc__, _more)
+    small = ("--backbone", "cnn", "--size", str(options.cnn_size), "--epochs", str(options.cnn_epochs))
+    every = {
+        "CNN, as photographed": train("birds", options.data, options.out / "cnn-plain", *small, "--unaugmented"),
+        "CNN, augmented": train("birds", options.data, options.out / "cnn", *small),
+        f"{options.backbone}, head": train(
+            *("birds", options.data, options.out / "transferred", "--backbone", options.backbone),
+            *("--part", "head", "--epochs", "15", "--learning-rate", "5e-3"),
+        ),
+    }
+    transferred = every[f"{options.backbone}, head"]
+    tables = {"accuracy": accuracies(every), f"maps of the {COOT}": explain_coots(transferred, options.data, options.out)}
+    write(options.out, {name: one.metrics["test"] for name, one in every.items()}, tables)
+
+
+def _more(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cnn-epochs", type=int, default=15, help="of the CNN from nothing (default: %(default)s)")
+    command.add_argument("--cnn-size", type=int, default=64, help="of the CNN's input (default: %(default)s)")
+
+
+def accuracies(every: Mapping[str, Trained]) -> list[Row]:
+    """Return each classifier's accuracy on the three splits, the training one while it was learnt from."""
+    return [
+        {
+            "classifier": name,
+            "epochs": len(one.metrics["epochs"]),
+            "train": one.metrics["epochs"][-1]["accuracy"],
+            "val": one.metrics["val"]["accuracy"],
+            "test": one.metrics["test"]["accuracy"],
+        }
+        for name, one in every.items()
+    ]
+
+
+def explain_coots(trained: Trained, data: Path, out: Path) -> list[Row]:
+    """Explain every test picture of a coot; draw some, and the mean maps; return how much lies in the image's centre."""
+    label = trained.classes.index(COOT)
+    read = read_folder(data, trained.preprocessing, read_recipe("birds")[0].ratio, trained.metrics["seed"])
+    images = [trained.pixels(sample.path) for sample in read.splits["test"] if sample.label == label]
+    side = images[0].shape[0]
+    centre = centre_square(side)
+    examples: list[Any] = [[(Image.fromarray(image), COOT, "test picture")] for image in images[:4]]
+    means, rows = [], []
+    for name, method in METHODS.items():
+        maps = trained.maps(images, [label] * len(images), method)
+        shares = [share(values, centre) for values in maps]
+        mass = sum(one.mass for one in shares) / len(shares)
+        rows.append({"method": name, "share in the centre": mass, "times chance": mass / shares[0].area})
+        mean = mean_map(maps)
+        if mean is not None:
+            means.append((heatmap(mean), name, f"mean of {len(maps)}"))
+        for cells, image, values in zip(examples, images, maps, strict=False):
+            cells.append((overlaid(image, values), name, f"why {COOT}"))
+    save_sheet(out / "pictures" / "coots.jpg", [cell for cells in examples for cell in cells], 160, 1 + len(METHODS))
+    save_sheet(out / "pictures" / "means.jpg", means, 160, len(METHODS))
+    return rows
+
+
+def centre_square(side: int) -> Mask:
+    """Return the square in the middle of an image [side, side], CENTRE of its side wide."""
+    margin = round(side * (1 - CENTRE) / 2)
+    square = np.zeros((side, side), bool)
+    square[margin : side - margin, margin : side - margin] = True
+    return square
+
+
+if __name__ == "__main__":
+    sys.exit(carried_out(main))

@@ -1,0 +1,82 @@
+"""Pictures of a class that are right for a different reason: their maps form a cluster of their own (SpRAy)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.cluster.vq import kmeans2
+from scipy.ndimage import gaussian_filter
+
+from torchserve_explain.serving.pictures import Map
+
+SIDE = 16  # maps are compared at SIDE x SIDE
+BLUR = 1.0  # of that grid, so that maps a pixel apart are alike
+MOST = 5  # clusters of a class, at most
+NEIGHBOURS = 5  # a map's own scale of distance is that to its neighbour of this rank
+FEWEST = 5  # pictures of a cluster that is told
+APART = 0.35  # how much more alike a told cluster's maps are to each other than to the rest of the class, in cosine
+ALIKE = 0.9  # and how alike to each other: objects that merely lie about form looser clusters
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Places of maps that are alike; mean cosine among themselves, and to the other maps of the class (NaN: there are none)."""
+
+    places: list[int]
+    within: float
+    between: float
+
+    def suspicious(self, count: int) -> bool:
+        """Whether a minority of `count` pictures is alike among themselves and unlike the rest."""
+        minority = FEWEST <= len(self.places) <= count // 2
+        return minority and self.within >= ALIKE and self.within - self.between >= APART
+
+
+def find_clusters(maps: Sequence[Map]) -> list[Cluster]:
+    """Cluster a class's maps [H, W] spectrally, the smallest cluster first (arXiv:1902.10178, without its t-SNE).
+
+    How many clusters there are is told by the largest gap among the first eigenvalues of the normalised Laplacian.
+    """
+    if len(maps) < 2 * FEWEST:
+        return [_cluster(list(range(len(maps))), _cosines(maps))]
+    cosines = _cosines(maps)
+    values, vectors = np.linalg.eigh(_laplacian(1 - cosines))
+    count = 1 + int(np.argmax(np.diff(values[: MOST + 1])))
+    embedded = vectors[:, :count] / (np.linalg.norm(vectors[:, :count], axis=1, keepdims=True) + 1e-12)
+    _, labels = kmeans2(embedded, count, minit="++", seed=0)
+    groups = [np.flatnonzero(labels == label).tolist() for label in range(count)]
+    return sorted((_cluster(places, cosines) for places in groups if places), key=lambda one: len(one.places))
+
+
+def suspicious_clusters(maps: Sequence[Map]) -> list[Cluster]:
+    """Return the clusters of a class's maps that hint at a shortcut; a person must look at their pictures."""
+    return [cluster for cluster in find_clusters(maps) if cluster.suspicious(len(maps))]
+
+
+def _cosines(maps: Sequence[Map]) -> NDArray[np.float64]:
+    """Return how alike the positive parts of maps are, 0 to 1, [n, n]."""
+    small = [np.asarray(Image.fromarray(values.clip(min=0)).resize((SIDE, SIDE), Image.Resampling.BOX)) for values in maps]
+    flat = np.stack([gaussian_filter(values.astype(float), BLUR).ravel() for values in small])
+    unit = flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-30)
+    cosines: NDArray[np.float64] = unit @ unit.T
+    return cosines
+
+
+def _laplacian(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the symmetric normalised Laplacian of distances [n, n], each scaled by its points' own neighbourhoods."""
+    rank = min(NEIGHBOURS, len(distances) - 1)
+    scale = np.sort(distances, 1)[:, rank].clip(min=1e-3)
+    affinity = np.exp(-(distances**2) / (scale[:, None] * scale[None]))
+    np.fill_diagonal(affinity, 0)
+    degree = affinity.sum(1).clip(min=1e-12)
+    laplacian: NDArray[np.float64] = np.eye(len(distances)) - affinity / np.sqrt(degree[:, None] * degree[None])
+    return laplacian
+
+
+def _cluster(places: list[int], cosines: NDArray[np.float64]) -> Cluster:
+    others = [place for place in range(len(cosines)) if place not in set(places)]
+    own = cosines[np.ix_(places, places)]
+    within = float(own[~np.eye(len(places), dtype=bool)].mean()) if len(places) > 1 else 1.0
+    return Cluster(places, within, float(cosines[np.ix_(places, others)].mean()) if others else float("nan"))

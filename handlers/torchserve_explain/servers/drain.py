@@ -1,0 +1,76 @@
+"""Waits until models have no request in flight: scaling or unregistering them with one would answer it 500.
+
+New requests are still taken meanwhile, so clients are sent elsewhere first. The exit status is 0 once two looks in a row
+find none in flight, and 1 where the time is over, the server does not answer or does not tell of a name.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import httpx
+
+from torchserve_explain.errors import ServerError
+
+METRICS = "http://127.0.0.1:8082"
+PAUSE = 0.2  # seconds between two looks
+GAUGE = re.compile(r'^RequestsInFlight\{(?:[^}]*,)?ModelName="([^"]*)"[^}]*\} (\S+)$', re.MULTILINE)
+
+
+def in_flight(metrics: str) -> dict[str, float]:
+    """Return the requests in flight of each model that the handler serves, by its name; raises httpx.HTTPError."""
+    told = httpx.get(f"{metrics}/metrics", timeout=2).raise_for_status().text
+    return {name: float(count) for name, count in GAUGE.findall(told)}
+
+
+def wait_until_idle(count: Callable[[], float], seconds: float) -> float:
+    """Wait until two counts in a row are 0, since a request is told only after its first step.
+
+    Returns 0 then, and the last count that was not where so many seconds are over before.
+    """
+    deadline, idle, left = time.monotonic() + seconds, 0, 0.0
+    while True:
+        if found := count():
+            idle, left = 0, found
+        else:
+            idle += 1
+        if idle == 2:
+            return 0
+        if time.monotonic() >= deadline:
+            return left
+        time.sleep(PAUSE)
+
+
+def drain(names: list[str], metrics: str, seconds: float) -> None:
+    """Wait until none of the models has a request in flight; raises ServerError where that cannot be told in time."""
+
+    def count() -> float:
+        try:
+            told = in_flight(metrics)
+        except httpx.HTTPError as error:
+            raise ServerError(f"{metrics}/metrics does not answer: {error}") from None
+        if missing := [name for name in names if name not in told]:
+            raise ServerError(f"{metrics}/metrics tells nothing of {', '.join(missing)}; known: {', '.join(told) or 'none'}")
+        return sum(told[name] for name in names)
+
+    if left := wait_until_idle(count, seconds):
+        raise ServerError(f"{left:g} requests of {', '.join(names)} are still in flight after {seconds:g} s")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what is waited for to a command line."""
+    command.add_argument("names", nargs="+", metavar="NAME", help="models as they are registered")
+    command.add_argument("--seconds", type=float, default=100, help="seconds to wait for the last request (default: 100)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Wait; TS_METRICS_ADDRESS says where the server tells its metrics."""
+    try:
+        drain(options.names, os.environ.get("TS_METRICS_ADDRESS", METRICS).replace("0.0.0.0", "127.0.0.1"), options.seconds)
+    except ServerError as reason:
+        print(f"drain: {reason}", file=sys.stderr)
+        return 1
+    return 0
