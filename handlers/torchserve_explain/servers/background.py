@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from http import HTTPStatus
 from pathlib import Path
@@ -16,11 +16,12 @@ from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.attribution.tasks import Task
-from torchserve_explain.errors import ExplainError, RequestError
+from torchserve_explain.errors import ExplainError, RequestError, ServerError
 from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.service import RawRequest, Service, error_answer
 
 log = logging.getLogger(__name__)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Host:
@@ -124,6 +125,21 @@ class Host:
         while not self._commands.empty():  # requests that came at the last moment are answered, too
             self._commands.get()()
         self._fail_all(_closing())
+
+
+def named_archives(told: Sequence[str]) -> dict[str, Path]:
+    """Read archives, each PATH or NAME=PATH; raises ServerError where one does not exist or two have one name."""
+    archives: dict[str, Path] = {}
+    for one in told:
+        name, equals, path = one.partition("=")
+        archive = Path(path if equals else name)
+        name = name if equals else archive.stem
+        if not archive.exists():
+            raise ServerError(f"{archive} does not exist; allowed: a .mar, or the folder of an unpacked one")
+        if name in archives:
+            raise ServerError(f"two archives are called {name}; allowed: NAME=PATH with names of their own")
+        archives[name] = archive.resolve()
+    return archives
 
 
 def _tell(waiting: "Future[Answer]", answer: Answer) -> None:
