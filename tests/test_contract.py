@@ -61,7 +61,7 @@ def test_a_model_or_a_version_that_is_not_served_is_not_found(client):
 
 def test_an_upload_beyond_the_limit_is_refused_and_the_next_is_answered(client):
     with suppress(httpx.TransportError):  # the server may close before all is sent
-        assert client.post("/predictions/small", content=bytes(7_000_000)).status_code == 413
+        assert client.post("/predictions/small", content=bytes(21_000_000)).status_code == 413
     assert client.post("/predictions/small", files={"data": IMAGE}).status_code == 200
 
 

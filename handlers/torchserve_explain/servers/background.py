@@ -106,6 +106,7 @@ class Host:
     def _drop(self, waiting: "Future[Answer]") -> None:
         task = self._waiting.pop(waiting, None)
         if task is not None:
+            log.info("nobody waits for a request any more; it is dropped")
             self._engine.drop(task)
 
     def _tell_finished(self) -> None:
@@ -116,8 +117,9 @@ class Host:
 
     def _fail_all(self, error: Exception) -> None:
         """Answer all that is in flight with an error, and begin anew."""
-        for waiting in list(self._waiting):
-            self._drop(waiting)
+        while self._waiting:
+            waiting, task = self._waiting.popitem()
+            self._engine.drop(task)
             _tell(waiting, error_answer(error))
 
     def _stop(self) -> None:

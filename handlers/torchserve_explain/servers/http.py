@@ -1,7 +1,6 @@
 """The contract over HTTP for servers other than TorchServe: requests as it hands them over, answers as responses."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from http import HTTPStatus
@@ -17,8 +16,7 @@ from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.errors import bad_request, shown
 from torchserve_explain.serving.service import RawRequest, error_answer
 
-log = logging.getLogger(__name__)
-LARGEST = 6_553_500  # bytes of a request, as TorchServe's max_request_size is unless set
+LARGEST = 20_000_000  # bytes of a request, as config.properties has it for TorchServe
 CLIENT_GONE = 499  # nobody reads it
 OWN_HEADERS = ("explain", "url_path")  # which the server sets, never a client
 PREDICT = (
@@ -113,7 +111,6 @@ async def _while_connected(request: Request, served: Served, raw: RawRequest) ->
         await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answering.done():
             return response(answering.result())
-        log.info("a client has gone; its request is dropped")
         return Response(status_code=CLIENT_GONE)
     finally:
         for task in (answering, gone):
