@@ -17,11 +17,20 @@ from live import served
 
 from torchserve_explain.servers.torchserve import _sockets
 
-# Ray's own servers listen on every address unless the node's is loopback.
+# Ray's own processes find each other over loopback, as they do on other systems unless told otherwise; replicas have a
+# port on every address that no setting moves.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 RAY = """
 import sys, ray
 from ray import serve
-ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, num_cpus=4, object_store_memory=100_000_000)
+
+def replicas_on_loopback():
+    from ray.serve._private import replica
+    add = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", "127.0.0.1"))
+
+hook = {"worker_process_setup_hook": replicas_on_loopback}
+ray.init(runtime_env=hook, include_dashboard=False, num_cpus=4, object_store_memory=100_000_000)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]), "request_timeout_s": 120})
 from torchserve_explain.servers.ray import app
 serve.run(app, blocking=True)
@@ -48,7 +57,7 @@ def kserve(archives: dict[str, Path], run: Path) -> Iterator[str]:
 def ray(archives: dict[str, Path], run: Path) -> Iterator[str]:
     """Serve with Ray Serve, one replica an archive."""
     port = _free_port()
-    told = {"ARCHIVES": ",".join(f"{name}={path}" for name, path in archives.items()), "RAY_USAGE_STATS_ENABLED": "0"}
+    told = {"ARCHIVES": ",".join(f"{name}={path}" for name, path in archives.items())} | LOOPBACK
     with _running(["-c", RAY, port], run, told) as process:
         yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run)
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+import yaml
 from conftest import ROOT
 from live import picture
 
@@ -140,3 +141,12 @@ def test_archives_are_named_by_their_file_or_as_told(tmp_path):
         named_archives([path, f"one={path}"])
     with pytest.raises(ServerError, match="does not exist"):
         named_archives(["nowhere.mar"])
+
+
+def test_the_serve_config_is_one_that_ray_takes_and_names_what_is_deployed():
+    schema = pytest.importorskip("ray.serve.schema")
+    config = schema.ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text()))
+    (one,) = config.applications
+    archives = [told.partition("=")[0] for told in one.runtime_env["env_vars"]["ARCHIVES"].split(",")]
+    assert one.import_path == "torchserve_explain.servers.ray:app" and config.http_options.host == "127.0.0.1"
+    assert [deployment.name for deployment in one.deployments] == ["routes", *archives]

@@ -4,6 +4,7 @@ Needs the extra [kserve].
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Serve until Ctrl-C; the port is opened once every model is warm."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         serve(named_archives(options.archives), options.host, options.port, options.device)
     except ExplainError as reason:
