@@ -19,8 +19,17 @@ CONFIG = {
     "continuousBatching": True,
     "batchSize": 8,
 }
-PREDICTION = RawRequest({"data": picture()}, {})
-LONG = RawRequest({"data": picture(), "method": b"occlusion"}, {"explain": "True"})
+PREDICTION = {"data": picture()}
+LONG = {"data": picture(), "method": b"occlusion"}
+
+
+def predict():
+    """A request that arrives now: its time begins when it is made."""
+    return RawRequest(PREDICTION, {})
+
+
+def explain():
+    return RawRequest(LONG, {"explain": "True"})
 
 
 @pytest.fixture
@@ -49,26 +58,26 @@ def until(in_flight, requests, name, calls=2000):
 
 def test_a_short_request_is_answered_while_a_long_one_stays_in_flight(service):
     in_flight = in_flight_of(service)
-    requests = {"long": lambda: LONG, "short": lambda: PREDICTION}
+    requests = {"long": explain, "short": predict}
     answers = until(in_flight, requests, "short")
     assert "long" not in answers and len(in_flight) == 1
-    assert until(in_flight, {"long": lambda: LONG}, "long")["long"].status == 200
+    assert until(in_flight, {"long": explain}, "long")["long"].status == 200
     assert len(in_flight) == 0
 
 
 def test_what_is_handed_over_again_is_not_read_again(service):
     in_flight, read = in_flight_of(service), []
-    until(in_flight, {"long": lambda: (read.append(1), LONG)[1]}, "long")
+    until(in_flight, {"long": lambda: (read.append(1), explain())[1]}, "long")
     assert read == [1]
 
 
 def test_a_request_that_is_no_longer_handed_over_is_dropped_and_its_place_is_free(service):
     service._places = 1
     in_flight = in_flight_of(service)
-    assert in_flight.call({"gone": lambda: LONG}) == {}
-    until(in_flight, {"short": lambda: PREDICTION}, "short")
+    assert in_flight.call({"gone": explain}) == {}
+    until(in_flight, {"short": predict}, "short")
     assert len(in_flight) == 0 and in_flight._engine.in_flight == 0
-    assert until(in_flight, {"next": lambda: LONG}, "next")["next"].status == 200
+    assert until(in_flight, {"next": explain}, "next")["next"].status == 200
 
 
 def test_a_call_lasts_longer_where_handing_over_takes_long(service):
@@ -122,7 +131,7 @@ def handler_of(service, continuous):
 
 
 def test_the_handler_leaves_what_is_in_flight_out_of_the_answer(service):
-    handler, data = handler_of(service, continuous=True), {"long": LONG.data, "short": PREDICTION.data}
+    handler, data = handler_of(service, continuous=True), {"long": LONG, "short": PREDICTION}
     for _ in range(2000):
         context = Context(data)
         bodies = handler.handle(list(data.values()), context)
@@ -135,7 +144,7 @@ def test_the_handler_leaves_what_is_in_flight_out_of_the_answer(service):
 
 def test_the_handler_answers_whole_batches_without_continuous_batching(service):
     context = Context(["long", "short"])
-    bodies = handler_of(service, continuous=False).handle([LONG.data, PREDICTION.data], context)
+    bodies = handler_of(service, continuous=False).handle([LONG, PREDICTION], context)
     assert set(context.request_ids) == {0, 1} and all(map(json.loads, bodies))
 
 
@@ -143,10 +152,10 @@ def test_nothing_leaves_the_handler_as_an_exception(service, monkeypatch):
     handler = handler_of(service, continuous=True)
     monkeypatch.setattr(handler._in_flight._engine, "step", lambda _within: 1 / 0)
     context = Context(["long", "short"])
-    bodies = handler.handle([LONG.data, PREDICTION.data], context)
+    bodies = handler.handle([LONG, PREDICTION], context)
     assert context.statuses == {0: 500, 1: 500} and b"division" not in bodies[0] and len(handler._in_flight) == 0
     monkeypatch.undo()
-    assert until(handler._in_flight, {"short": lambda: PREDICTION}, "short")["short"].status == 200
+    assert until(handler._in_flight, {"short": predict}, "short")["short"].status == 200
 
 
 def test_settings_refuse_what_breaks_continuous_batching():
