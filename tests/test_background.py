@@ -7,7 +7,7 @@ from threading import Event
 
 import pytest
 from live import picture
-from test_in_flight import LONG, PREDICTION, service  # noqa: F401
+from test_in_flight import explain, predict, service  # noqa: F401
 
 from torchserve_explain.attribution.computation import Piece, background
 from torchserve_explain.attribution.engine import Engine
@@ -40,8 +40,9 @@ def comparable(answer):
 
 
 async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def test_many_at_once_are_answered_as_if_alone(host):
@@ -65,9 +66,9 @@ def test_many_at_once_are_answered_as_if_alone(host):
 
 def test_a_short_request_overtakes_a_long_one(host):
     async def ask():
-        long = asyncio.ensure_future(host.answer(LONG))
+        long = asyncio.ensure_future(host.answer(explain()))
         await until(lambda: host._waiting)
-        short = await host.answer(PREDICTION)
+        short = await host.answer(predict())
         return long.done(), short.status, (await long).status
 
     assert asyncio.run(ask()) == (False, 200, 200)
@@ -75,13 +76,13 @@ def test_a_short_request_overtakes_a_long_one(host):
 
 def test_a_cancelled_request_is_dropped_from_the_engine(host):
     async def ask():
-        task = asyncio.ensure_future(host.answer(replace(LONG, id="gone")))
+        task = asyncio.ensure_future(host.answer(replace(explain(), id="gone")))
         await until(lambda: host._engine.in_flight)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: not host._waiting)
-        return host._engine.in_flight, (await host.answer(PREDICTION)).status
+        return host._engine.in_flight, (await host.answer(predict())).status
 
     assert asyncio.run(asyncio.wait_for(ask(), 60)) == (0, 200)
 
@@ -90,21 +91,30 @@ def test_an_exception_on_the_thread_is_a_500_and_the_host_lives_on(host, monkeyp
     async def ask():
         with monkeypatch.context() as broken:
             broken.setattr(host._engine, "step", lambda _within: 1 / 0)
-            failed = await asyncio.gather(host.answer(PREDICTION), host.answer(LONG))
-        return [answer.status for answer in failed], (await host.answer(PREDICTION)).status
+            failed = await asyncio.gather(host.answer(predict()), host.answer(explain()))
+        return [answer.status for answer in failed], (await host.answer(predict())).status
 
     assert asyncio.run(ask()) == ([500, 500], 200)
+
+
+def test_a_request_that_cannot_even_be_taken_is_a_500(host, monkeypatch):
+    monkeypatch.setattr(host._service, "deadline", lambda _raw: 1 / 0)
+
+    async def ask():
+        return (await asyncio.wait_for(host.answer(predict()), 60)).status
+
+    assert asyncio.run(ask()) == 500
 
 
 def test_what_is_in_flight_when_the_host_closes_gets_503(service):  # noqa: F811
     host = Host(service, Engine(service._classifier, 4, 0.02), 0.02)
 
     async def ask():
-        task = asyncio.ensure_future(host.answer(LONG))
+        task = asyncio.ensure_future(host.answer(explain()))
         await until(lambda: host._engine.in_flight)
         await asyncio.to_thread(host.close)
         with pytest.raises(RequestError, match="stopping"):
-            await host.answer(PREDICTION)
+            await host.answer(predict())
         return (await task).status
 
     assert asyncio.run(ask()) == 503 and host._engine.in_flight == 0

@@ -4,10 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 import torch
 
@@ -35,7 +36,7 @@ class Host:
         self._service, self._engine, self._quantum = service, engine, quantum
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._waiting: dict[Future[Answer], Task[Answer]] = {}
-        self._open = True
+        self._open, self._lock = True, Lock()
         self._thread = Thread(target=self._run, name="explain", daemon=True)
         self._thread.start()
 
@@ -63,21 +64,23 @@ class Host:
 
     def close(self) -> None:
         """Answer what is in flight with 503, and end the threads."""
-        if self._open:
+        with suppress(RequestError):  # it is closed already
             self._command(self._stop)
         self._thread.join()
 
     def _command(self, command: Callable[[], None]) -> None:
         """Have the thread do something between two steps."""
-        if not self._open:
-            raise _closing()
-        self._commands.put(command)
+        with self._lock:
+            if not self._open:
+                raise _closing()
+            self._commands.put(command)
         self._engine.wake()
 
     def _forget(self, waiting: "Future[Answer]") -> None:
         """Drop a request whose answer nobody awaits any more."""
-        if waiting.cancelled() and self._open:
-            self._command(lambda: self._drop(waiting))
+        if waiting.cancelled():
+            with suppress(RequestError):  # it is closing, and drops all
+                self._command(lambda: self._drop(waiting))
 
     # What follows runs on the thread.
 
@@ -100,8 +103,12 @@ class Host:
                 return
 
     def _take(self, raw: RawRequest, waiting: "Future[Answer]") -> None:
-        if not waiting.cancelled():
+        if waiting.cancelled():
+            return
+        try:
             self._waiting[waiting] = self._engine.add(Piece(self._service.answer(raw)), self._service.deadline(raw))
+        except Exception as error:  # before anybody knows the request, so nobody else would answer it
+            _tell(waiting, error_answer(error))
 
     def _drop(self, waiting: "Future[Answer]") -> None:
         task = self._waiting.pop(waiting, None)
@@ -123,7 +130,8 @@ class Host:
             _tell(waiting, error_answer(error))
 
     def _stop(self) -> None:
-        self._open = False
+        with self._lock:  # no command comes after this
+            self._open = False
         while not self._commands.empty():  # requests that came at the last moment are answered, too
             self._commands.get()()
         self._fail_all(_closing())
