@@ -30,12 +30,16 @@ FORMAT = 1  # of what an archive holds; an archive without a number has this one
 
 @dataclass(frozen=True)
 class Archive:
-    """A classifier on its device, its labels (indices where it has none), its settings; `digest` tells contents apart."""
+    """A classifier on its device, its labels (indices where it has none), its settings; `digest` tells contents apart.
+
+    `version` is the model's, as the archive's manifest has it.
+    """
 
     classifier: Classifier
     labels: list[str]
     settings: Settings
     digest: str
+    version: str = "1.0"
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1) -> "Archive":
@@ -51,7 +55,8 @@ class Archive:
             labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
             if labels and len(labels) != classifier.classes:
                 raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
-            return cls(classifier, labels or [str(index) for index in range(classifier.classes)], settings, digest_of(folder))
+            names = labels or [str(index) for index in range(classifier.classes)]
+            return cls(classifier, names, settings, digest_of(folder), _version(folder))
 
     def classes(self, label: str | None) -> list[int]:
         """Return the classes that are called so: several may share a label."""
@@ -117,6 +122,13 @@ def _check_format(path: Path, folder: Path) -> None:
             f"{what} has the format {found}, and torchserve-explain {__version__} reads {FORMAT}; "
             "build it anew with torchserve-explain archive"
         )
+
+
+def _version(folder: Path) -> str:
+    """Return the model's version of an unpacked archive, 1.0 where nothing tells it."""
+    manifest = folder / MANIFEST / "MANIFEST.json"
+    model = json.loads(manifest.read_text(encoding="utf-8")).get("model", {}) if manifest.exists() else {}
+    return str(model.get("modelVersion", "1.0"))
 
 
 def _has_bfloat16(device: torch.device | str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 # What TorchServe calls the errors of a status.
 TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestException",
+    HTTPStatus.NOT_FOUND: "ModelNotFoundException",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "RequestEntityTooLargeException",
     HTTPStatus.UNPROCESSABLE_ENTITY: "UnprocessableEntityException",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerException",

@@ -46,8 +46,9 @@ class Engine:
         self._limit, self._paces = PackLimit(pack), Paces()
         self._roots: list[Task[Any]] = []  # in order of arrival
         self._ready: deque[Task[Any]] = deque()
-        self._called: SimpleQueue[tuple[Task[Any], Call[Any]]] = SimpleQueue()
+        self._called: SimpleQueue[tuple[Task[Any], Call[Any]] | None] = SimpleQueue()  # None: somebody has woken it
         self._latest_call = -inf
+        self._woken = False
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -73,6 +74,11 @@ class Engine:
             self._roots.remove(task)
             task.end(AttributionError("nobody waits for it any more"))
 
+    def wake(self) -> None:
+        """End the waiting of the step under way, or of the next; the one method that another thread may call."""
+        self._woken = True
+        self._called.put(None)
+
     def step(self, within: float = inf) -> None:
         """Run one pass, of at most about `within` seconds, and let go on what is ready before and after it.
 
@@ -88,6 +94,7 @@ class Engine:
         else:
             self._wait_for_a_call(within)
         self._go_on()
+        self._woken = False
 
     def run(self, works: Sequence[Work[T]], deadline: float = inf) -> list[Outcome[T]]:
         """Return each work's result or the error that it alone met."""
@@ -221,10 +228,13 @@ class Engine:
         found = False
         while True:
             try:
-                task, call = self._called.get(timeout=None if wait == inf else wait) if wait else self._called.get_nowait()
+                ended = self._called.get(timeout=None if wait == inf else wait) if wait else self._called.get_nowait()
             except Empty:
                 return found
             found, wait = True, 0.0
+            if ended is None:
+                continue
+            task, call = ended
             if call in task.calls:
                 task.calls.discard(call)
                 if not task.waits:
@@ -242,7 +252,7 @@ class Engine:
 
     def _wait_for_a_call(self, seconds: float) -> None:
         """Wait for the first call under way to end, where nothing else is to be done."""
-        if any(map(_has_calls, self._roots)) and self._take_calls(seconds):
+        if not self._woken and any(map(_has_calls, self._roots)) and self._take_calls(seconds):
             self._go_on()
 
     # Passes.

@@ -1,0 +1,162 @@
+"""A host for asynchronous servers: one thread owns the engine and steps it, requests are awaited from any event loop."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from http import HTTPStatus
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
+
+import torch
+
+from torchserve_explain.archive import Archive
+from torchserve_explain.attribution.computation import Piece
+from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.attribution.tasks import Task
+from torchserve_explain.errors import ExplainError, RequestError, ServerError
+from torchserve_explain.serving.answers import Answer
+from torchserve_explain.serving.service import RawRequest, Service, error_answer
+
+log = logging.getLogger(__name__)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Host:
+    """Answers requests for one service on a thread of its own; only that thread calls the engine.
+
+    A step lasts about `quantum` seconds at most, so that what arrives meanwhile joins soon.
+    """
+
+    def __init__(self, service: Service, engine: Engine, quantum: float, version: str = "1.0") -> None:
+        self.version = version
+        self._service, self._engine, self._quantum = service, engine, quantum
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._waiting: dict[Future[Answer], Task[Answer]] = {}
+        self._open, self._lock = True, Lock()
+        self._thread = Thread(target=self._run, name="explain", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, path: Path, name: str, device: str = "cpu") -> "Host":
+        """Load an archive and warm it up, ready to be asked as `name`; raises ArchiveError."""
+        torch.backends.cudnn.allow_tf32 = False  # a gradient loses too much in ten bits
+        keep_freed_memory()
+        archive = Archive.load(path, device)
+        # The places of a continuous batch are TorchServe's; here any number of requests may be in flight.
+        settings = archive.settings.model_copy(update={"continuousBatching": False})
+        service = Service(archive.classifier, archive.labels, settings, {"name": name, "version": archive.version})
+        quantum = service.limits.quantum / 1000
+        engine = Engine(archive.classifier, service.limits.pack, quantum)
+        service.warm_up(engine)
+        log.info("%s %s on %s: %d classes", name, archive.version, device, archive.classifier.classes)
+        return cls(service, engine, quantum, archive.version)
+
+    async def answer(self, raw: RawRequest) -> Answer:
+        """Return the answer to one request; where the awaiting task is cancelled, the engine drops it."""
+        waiting: Future[Answer] = Future()
+        waiting.add_done_callback(self._forget)
+        self._command(lambda: self._take(raw, waiting))
+        return await asyncio.wrap_future(waiting)
+
+    def close(self) -> None:
+        """Answer what is in flight with 503, and end the threads."""
+        with suppress(RequestError):  # it is closed already
+            self._command(self._stop)
+        self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """Have the thread do something between two steps."""
+        with self._lock:
+            if not self._open:
+                raise _closing()
+            self._commands.put(command)
+        self._engine.wake()
+
+    def _forget(self, waiting: "Future[Answer]") -> None:
+        """Drop a request whose answer nobody awaits any more."""
+        if waiting.cancelled():
+            with suppress(RequestError):  # it is closing, and drops all
+                self._command(lambda: self._drop(waiting))
+
+    # What follows runs on the thread.
+
+    def _run(self) -> None:
+        while self._open:
+            try:
+                self._do_commands()
+                if self._waiting:
+                    self._engine.step(self._quantum)
+                    self._tell_finished()
+            except Exception as error:
+                self._fail_all(error)
+        self._engine.close()
+
+    def _do_commands(self) -> None:
+        """Do what has been asked for meanwhile; wait for the first where nothing is in flight."""
+        while not self._commands.empty() or not self._waiting:
+            self._commands.get()()
+            if not self._open:
+                return
+
+    def _take(self, raw: RawRequest, waiting: "Future[Answer]") -> None:
+        if waiting.cancelled():
+            return
+        try:
+            self._waiting[waiting] = self._engine.add(Piece(self._service.answer(raw)), self._service.deadline(raw))
+        except Exception as error:  # before anybody knows the request, so nobody else would answer it
+            _tell(waiting, error_answer(error))
+
+    def _drop(self, waiting: "Future[Answer]") -> None:
+        task = self._waiting.pop(waiting, None)
+        if task is not None:
+            log.info("nobody waits for a request any more; it is dropped")
+            self._engine.drop(task)
+
+    def _tell_finished(self) -> None:
+        for waiting in [waiting for waiting, task in self._waiting.items() if task.outcome is not None]:
+            outcome = self._waiting.pop(waiting).outcome
+            if outcome is not None:
+                _tell(waiting, error_answer(outcome) if isinstance(outcome, ExplainError) else outcome.value)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Answer all that is in flight with an error, and begin anew."""
+        while self._waiting:
+            waiting, task = self._waiting.popitem()
+            self._engine.drop(task)
+            _tell(waiting, error_answer(error))
+
+    def _stop(self) -> None:
+        with self._lock:  # no command comes after this
+            self._open = False
+        while not self._commands.empty():  # requests that came at the last moment are answered, too
+            self._commands.get()()
+        self._fail_all(_closing())
+
+
+def named_archives(told: Sequence[str]) -> dict[str, Path]:
+    """Read archives, each PATH or NAME=PATH; raises ServerError where one does not exist or two have one name."""
+    archives: dict[str, Path] = {}
+    for one in told:
+        name, equals, path = one.partition("=")
+        archive = Path(path if equals else name)
+        name = name if equals else archive.stem
+        if not archive.exists():
+            raise ServerError(f"{archive} does not exist; allowed: a .mar, or the folder of an unpacked one")
+        if name in archives:
+            raise ServerError(f"two archives are called {name}; allowed: NAME=PATH with names of their own")
+        archives[name] = archive.resolve()
+    return archives
+
+
+def _tell(waiting: "Future[Answer]", answer: Answer) -> None:
+    """Hand an answer over, unless its request has been cancelled."""
+    if waiting.set_running_or_notify_cancel():
+        waiting.set_result(answer)
+
+
+def _closing() -> RequestError:
+    return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping; try again")
