@@ -12,7 +12,7 @@ from torchserve_explain.attribution.computation import Piece, background, result
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.policy import AGEING, GROWING, MEASURED, Pace, PackLimit
 from torchserve_explain.attribution.rows import Rows, Score
-from torchserve_explain.errors import AttributionError, DeadlinePassed
+from torchserve_explain.errors import AttributionError, DeadlinePassed, OutOfMemory
 
 
 def rows(image, count, gradient=False, consume=lambda *_: None, inputs=None, **wanted):
@@ -295,3 +295,23 @@ def test_low_precision_never_reaches_precise_rows(image, pack):
     for task in [together_with_others.add(Piece(asking(image, 5))) for _ in range(2)]:
         assert task.outcome is None
     assert torch.equal(together_with_others.logits([image])[0], expected)
+
+
+def test_inputs_that_do_not_fit_halve_the_pack_and_fail_nobody(classifier, image):
+    def made(start, stop):
+        if stop - start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return image.expand(stop - start, -1, -1, -1)
+
+    engine = Engine(classifier, 16)
+    outcomes = engine.run([Piece(asking(image, 9, inputs=made)), Piece(asking(image, 3))])
+    assert [outcome.value for outcome in outcomes] == [9, 3] and engine.pack <= 2
+    assert [outcome.evaluations for outcome in outcomes] == [9, 3]
+
+
+def test_inputs_of_which_not_one_fits_fail_their_own_work_alone(classifier, image):
+    def none(_start, _stop):
+        raise MemoryError
+
+    large, small = Engine(classifier, 4).run([Piece(asking(image, 2, inputs=none)), Piece(asking(image, 2))])
+    assert isinstance(large, OutOfMemory) and small.value == 2

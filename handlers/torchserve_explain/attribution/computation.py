@@ -11,6 +11,9 @@ from functools import partial
 from math import inf
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
+import torch
+from torch import Tensor
+
 from torchserve_explain.attribution.rows import Rows
 from torchserve_explain.errors import ExplainError
 
@@ -132,6 +135,19 @@ def both(first: Computation[A], second: Computation[B]) -> Computation[tuple[A, 
     pieces: list[Work[Any]] = [Piece(first), Piece(second)]
     one, other = yield from results(pieces)
     return one.value, other.value
+
+
+def logits_of(inputs: Sequence[Tensor]) -> Computation[Tensor]:
+    """Ask for the logits [n, classes] of inputs, on the CPU."""
+    parts: list[Tensor] = []
+
+    def made(start: int, stop: int) -> Tensor:
+        return torch.stack(list(inputs[start:stop]))
+
+    yield [
+        Rows(len(inputs), made, lambda _start, evaluation: parts.append(evaluation.logits.cpu()), gradient=False, precise=True)
+    ]
+    return torch.cat(parts)
 
 
 def succeeded(outcome: Outcome[T]) -> Result[T]:

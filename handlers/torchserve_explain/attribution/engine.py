@@ -7,25 +7,24 @@ is reached. A computation that fails takes none of its neighbours with it.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from math import inf
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Call, Computation, Need, Outcome, Piece, Result, Work, succeeded
+from torchserve_explain.attribution.computation import Call, Need, Outcome, Piece, Result, Work, logits_of, succeeded
+from torchserve_explain.attribution.memory import is_out_of_memory
 from torchserve_explain.attribution.policy import Kind, Paces, PackLimit, first_to_last, remaining_seconds
 from torchserve_explain.attribution.rows import Evaluation, Rows
-from torchserve_explain.attribution.tasks import Block, RunningGroup, Slice, Task
+from torchserve_explain.attribution.tasks import Block, RunningGroup, Slice, Task, evaluated
+from torchserve_explain.attribution.threads import Threads
 from torchserve_explain.errors import AttributionError, DeadlinePassed, ExplainError, OutOfMemory
 
 log = logging.getLogger(__name__)
 LATE = "out of time before the request's deadline; ask for fewer methods, steps or samples"
-THREADS = 2  # that decode and draw while passes go on
 GRACE = 0.015  # seconds for which a thread just started is waited for: most are shorter than a pass
 T = TypeVar("T")
 
@@ -46,10 +45,8 @@ class Engine:
         self._limit, self._paces = PackLimit(pack), Paces()
         self._roots: list[Task[Any]] = []  # in order of arrival
         self._ready: deque[Task[Any]] = deque()
-        self._called: SimpleQueue[tuple[Task[Any], Call[Any]] | None] = SimpleQueue()  # None: somebody has woken it
+        self._threads = Threads()
         self._latest_call = -inf
-        self._woken = False
-        self._threads: ThreadPoolExecutor | None = None
 
     @property
     def pack(self) -> int:
@@ -76,8 +73,7 @@ class Engine:
 
     def wake(self) -> None:
         """End the waiting of the step under way, or of the next; the one method that another thread may call."""
-        self._woken = True
-        self._called.put(None)
+        self._threads.wake()
 
     def step(self, within: float = inf) -> None:
         """Run one pass, of at most about `within` seconds, and let go on what is ready before and after it.
@@ -94,7 +90,7 @@ class Engine:
         else:
             self._wait_for_a_call(within)
         self._go_on()
-        self._woken = False
+        self._threads.woken = False
 
     def run(self, works: Sequence[Work[T]], deadline: float = inf) -> list[Outcome[T]]:
         """Return each work's result or the error that it alone met."""
@@ -109,15 +105,14 @@ class Engine:
 
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the logits [n, classes] of inputs [C, H, W], on the CPU; raises OutOfMemory."""
-        task = self.add(Piece(_logits(inputs)))
+        task = self.add(Piece(logits_of(inputs)))
         while task.outcome is None:
             self.step()
         return succeeded(task.outcome).value
 
     def close(self) -> None:
         """End the threads."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+        self._threads.close()
 
     # Going on: computations ask, and what they asked for comes back.
 
@@ -183,16 +178,9 @@ class Engine:
     def _call(self, task: Task[Any], call: Call[Any]) -> None:
         if self._clock() > task.deadline:
             raise DeadlinePassed(LATE)
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(THREADS, "engine")
         task.calls.add(call)
         self._latest_call = self._clock()
-
-        def run() -> None:
-            call.run()
-            self._called.put((task, call))
-
-        self._threads.submit(run)
+        self._threads.run(task, call)
 
     def _start(self, group: RunningGroup[Any]) -> None:
         for child in group.start(self._clock()):
@@ -224,26 +212,19 @@ class Engine:
     # Threads.
 
     def _take_calls(self, wait: float) -> bool:
-        """Note which calls have ended, after waiting for the first of them; return whether there was one."""
-        found = False
-        while True:
-            try:
-                ended = self._called.get(timeout=None if wait == inf else wait) if wait else self._called.get_nowait()
-            except Empty:
-                return found
-            found, wait = True, 0.0
-            if ended is None:
-                continue
-            task, call = ended
+        """Note which calls have ended, after waiting for the first of them; return whether the wait has ended early."""
+        ended = self._threads.ended(wait)
+        for task, call in filter(None, ended):
             if call in task.calls:
                 task.calls.discard(call)
                 if not task.waits:
                     self._queue(task)
+        return bool(ended)
 
     def _wait_for_young_calls(self) -> None:
         """Wait a moment for calls that have just begun: most are shorter than a pass, and what comes after them is short."""
         until = self._clock() + GRACE
-        while any(map(_has_calls, self._roots)):
+        while any(root.calling for root in self._roots):
             now = self._clock()
             left = min(until, self._latest_call + GRACE) - now
             if left <= 0 or not self._take_calls(left):
@@ -252,7 +233,7 @@ class Engine:
 
     def _wait_for_a_call(self, seconds: float) -> None:
         """Wait for the first call under way to end, where nothing else is to be done."""
-        if not self._woken and any(map(_has_calls, self._roots)) and self._take_calls(seconds):
+        if not self._threads.woken and any(root.calling for root in self._roots) and self._take_calls(seconds):
             self._go_on()
 
     # Passes.
@@ -260,7 +241,7 @@ class Engine:
     def _end_the_late(self) -> None:
         """Tell those for which time does not suffice, as far as measured passes make it certain."""
         now = self._clock()
-        for task in [task for root in self._roots for task in _family(root) if task.deadline < inf]:
+        for task in [task for root in self._roots for task in root.family if task.deadline < inf]:
             if (task.blocks or task.groups) and now + self._least(task) > task.deadline:
                 self._throw(task, DeadlinePassed(LATE))
         self._go_on()
@@ -298,35 +279,29 @@ class Engine:
 
     def _pass(self, slices: Sequence[Slice]) -> None:
         """Run a pass; one that fails is repeated task by task, so that only the guilty one fails."""
-        made: list[tuple[Slice, Tensor]] = []
-        for part in slices:
-            self._guarded(part.task, lambda part=part: made.append((part, part.inputs())))  # type: ignore[misc]
-        if not made:
-            return
-        began = self._clock()
         try:
-            evaluation = self._evaluate([part for part, _ in made], torch.cat([inputs for _, inputs in made]))
+            made = [(part, inputs) for part in slices if (inputs := self._inputs(part)) is not None]
+            if not made:
+                return
+            began = self._clock()
+            evaluation = evaluated(self.classifier, [part for part, _ in made], torch.cat([inputs for _, inputs in made]))
         except Exception as error:
-            failure = None if _is_out_of_memory(error) else error.with_traceback(None)
+            failure = None if is_out_of_memory(error) else error.with_traceback(None)
         else:
             self._hand_out([part for part, _ in made], evaluation, began)
             return
         # Outside the handler: the exception no longer holds the pass's tensors.
-        self._recover([part for part, _ in made], failure)
+        self._recover([part for part in slices if part.block in part.task.blocks], failure)
 
-    def _evaluate(self, slices: Sequence[Slice], inputs: Tensor) -> Evaluation:
-        wanted = [part.block.rows for part in slices for _ in range(part.count)]
-        return self.classifier.evaluate(
-            inputs,
-            [rows.target for rows in wanted],
-            [rows.score for rows in wanted],
-            gradient=any(rows.gradient for rows in wanted),
-            each=any(rows.gradient and not rows.summed for rows in wanted),
-            layers=sorted({layer for rows in wanted for layer in rows.layers}),
-            activations=sorted({layer for rows in wanted for layer in rows.activations}),
-            rule=wanted[0].rule,
-            precise=any(rows.precise for rows in wanted),
-        )
+    def _inputs(self, part: Slice) -> Tensor | None:
+        """Make a slice's inputs; raises where memory is short, and anything else is its task's own failure."""
+        try:
+            return part.inputs()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._throw(part.task, error)
+            return None
 
     def _hand_out(self, slices: Sequence[Slice], evaluation: Evaluation, began: float) -> None:
         """Give every task its rows of a pass."""
@@ -362,39 +337,11 @@ class Engine:
                 self._pass([part for part in slices if part.task is task])
 
 
-def _logits(inputs: Sequence[Tensor]) -> Computation[Tensor]:
-    """Ask for the logits [n, classes] of inputs, on the CPU."""
-    parts: list[Tensor] = []
-
-    def made(start: int, stop: int) -> Tensor:
-        return torch.stack(list(inputs[start:stop]))
-
-    yield [
-        Rows(len(inputs), made, lambda _start, evaluation: parts.append(evaluation.logits.cpu()), gradient=False, precise=True)
-    ]
-    return torch.cat(parts)
-
-
-def _has_calls(task: Task[Any]) -> bool:
-    return bool(task.calls) or any(map(_has_calls, task.children))
-
-
-def _family(task: Task[Any]) -> Iterator[Task[Any]]:
-    """Yield the tasks below a task, and then itself."""
-    for child in list(task.children):
-        yield from _family(child)
-    yield task
-
-
 def _as_explain_error(error: Exception, task: Task[Any]) -> ExplainError:
     """Return an error as the outcome of a task; one that is not an ExplainError is a fault of ours and is logged."""
     if isinstance(error, ExplainError):
         return error
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemory("out of memory; send a smaller image, or try again")
     log.error("%s failed", type(task.work).__name__, exc_info=error)
     return AttributionError("the explanation failed inside the server; its log says why")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

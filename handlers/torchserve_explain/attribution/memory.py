@@ -1,7 +1,9 @@
-"""The C allocator, told to keep what is freed."""
+"""Memory: what running out of it looks like, and the C allocator told to keep what is freed."""
 
 import ctypes
 import logging
+
+import torch
 
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -20,3 +22,8 @@ def keep_freed_memory() -> bool:
         log.info("this C library has no mallopt: memory goes back to the system after every pass")
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory does not suffice, on the processor or on a device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

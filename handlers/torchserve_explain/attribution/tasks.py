@@ -1,11 +1,12 @@
 """Tasks: computations under way, what each of them waits for, and who is waiting for it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Call, Group, Outcome, Work
 from torchserve_explain.attribution.rows import Evaluation, Rows
 from torchserve_explain.errors import AttributionError
@@ -60,6 +61,18 @@ class Task(Generic[T]):
             yield self
         for child in self.children:
             yield from child.leaves
+
+    @property
+    def family(self) -> "Iterator[Task[Any]]":
+        """The tasks below it, and then itself."""
+        for child in list(self.children):
+            yield from child.family
+        yield self
+
+    @property
+    def calling(self) -> bool:
+        """Whether it, or a task below it, waits for a thread."""
+        return any(task.calls for task in self.family)
 
     def spend(self, evaluations: int, seconds: float) -> None:
         """Note what a pass has cost, also for those that wait for this task."""
@@ -140,3 +153,19 @@ class Slice:
         if not self.block.left:
             self.task.blocks = [block for block in self.task.blocks if block is not self.block]
         self.block.rows.consume(start, evaluation)
+
+
+def evaluated(classifier: Classifier, slices: Sequence[Slice], inputs: Tensor) -> Evaluation:
+    """Evaluate the rows of slices of one kind in one pass."""
+    wanted = [part.block.rows for part in slices for _ in range(part.count)]
+    return classifier.evaluate(
+        inputs,
+        [rows.target for rows in wanted],
+        [rows.score for rows in wanted],
+        gradient=any(rows.gradient for rows in wanted),
+        each=any(rows.gradient and not rows.summed for rows in wanted),
+        layers=sorted({layer for rows in wanted for layer in rows.layers}),
+        activations=sorted({layer for rows in wanted for layer in rows.activations}),
+        rule=wanted[0].rule,
+        precise=any(rows.precise for rows in wanted),
+    )

@@ -21,7 +21,8 @@ LONGEST = 1.0  # seconds of a call, however long the hand-over takes
 class InFlight:
     """Answers requests by their ids; each call runs passes for about `quantum` seconds, or until a request is done.
 
-    While short requests come, a call lasts half as long."""
+    While short requests come, a call lasts half as long.
+    """
 
     def __init__(self, service: Service, engine: Engine, quantum: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._service, self._engine, self._quantum, self._clock = service, engine, quantum, clock

@@ -65,7 +65,7 @@ class Request:
 def read_request(
     row: Mapping[str, Any], raw_headers: Mapping[str, Any], request_id: str = "", most_instances: int = MOST_INSTANCES
 ) -> Request:
-    """Read one row of TorchServe's batch; raises RequestError 400, or 422 for more instances than `most_instances`.
+    """Read one request as a server hands it over; raises RequestError 400, or 422 for more instances than `most_instances`.
 
     Fields and instances are counted before any is copied or decoded.
     """

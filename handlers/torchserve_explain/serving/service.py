@@ -169,8 +169,7 @@ class Service:
 
     def _explain(self, item: Item, arrived: float) -> Computation[Report]:
         """Return the explanations of one image, each measured as it is asked for."""
-        seconds = item.parameters.timeout or self.limits.seconds
-        deadline = arrived + min(seconds, self.limits.seconds)
+        deadline = arrived + (item.parameters.timeout or self.limits.seconds)
         (report,) = yield from results([Piece(self._explained(item, deadline))], deadline)
         return report.value
 
