@@ -109,8 +109,8 @@ def test_an_error_is_shown_beside_its_method_and_the_others_go_on(opened):
     choose(page, "grad_cam", "saliency")
     page.fill("#field-layer", "nowhere")
     page.click("#explain")
-    wait_for_text(page, "#status", "^Result")
-    assert page.text_content("#status") == "Result; 1 of 2 failed."
+    wait_for_text(page, "#status", "^Finished")
+    assert page.text_content("#status") == "Finished; 1 of 2 failed."
     (failure,) = page.query_selector_all(".failure")
     assert "Grad cam" in failure.inner_text() and "layer: 'nowhere' is not allowed" in failure.inner_text()
     assert len(heat_of(page)) == 1
@@ -278,7 +278,7 @@ def test_the_keyboard_is_enough(opened):
     page.keyboard.press("Space")
     tab_to(page, "#explain")
     page.keyboard.press("Enter")
-    wait_for_text(page, "#status", "^Result")
+    wait_for_text(page, "#status", "^Finished")
     (card,) = page.query_selector_all(".card h3")
     assert other in card.inner_text()
     tab_to(page, "#opacity")
