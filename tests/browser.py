@@ -80,7 +80,7 @@ def choose(page, *methods):
 def explain(page, *methods):
     choose(page, *methods)
     page.click("#explain")
-    wait_for_text(page, "#status", "^Result")
+    wait_for_text(page, "#status", "^Finished")
 
 
 def heat_of(page):

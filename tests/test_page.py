@@ -61,7 +61,7 @@ def test_the_sample_and_two_methods_side_by_side(opened):
     explain(page, "grad_cam", "integrated_gradients")
     first, second = (card.bounding_box() for card in page.query_selector_all(".card"))
     assert first["y"] == second["y"] and first["x"] + first["width"] < second["x"]
-    cam, paths = (card.inner_text() for card in page.query_selector_all(".card"))
+    paths, cam = (card.inner_text() for card in page.query_selector_all(".card"))
     assert "depends on that place" in cam and "adds up" not in cam
     assert "Red raised" in paths and "adds up" in paths and "model passes" in paths
     assert "The gradient averaged on the straight path" in paths
@@ -274,7 +274,7 @@ def test_the_keyboard_is_enough(opened):
     assert page.input_value("#field-target") == other
     tab_to(page, "input[value=integrated_gradients]")
     page.keyboard.press("Space")
-    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
     page.keyboard.press("Space")
     tab_to(page, "#explain")
     page.keyboard.press("Enter")
