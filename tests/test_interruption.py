@@ -23,7 +23,7 @@ class Arriving:
         self.engine = Engine(classifier, pack, self)
 
     def __call__(self):
-        if self.engine._under_way is not None and not self.tasks:
+        if self.engine._passes._under_way is not None and not self.tasks:
             self.tasks = [self.engine.add(work) for work in self.works]
 
 
@@ -80,7 +80,7 @@ def test_an_interrupted_pass_gets_its_share_of_the_time(classifier, image):
     engine = Engine(classifier, 1, lambda: arrive(), lambda: now[0])
 
     def arrive():
-        if engine._under_way is not None and sum(task.outcome is None for task in evaluated) < 3:
+        if engine._passes._under_way is not None and sum(task.outcome is None for task in evaluated) < 3:
             evaluated.append(engine.add(Piece(asking(image, 1))))
 
     engine.run([Piece(asking(image, 10))])
@@ -103,7 +103,7 @@ def test_what_interrupts_and_fails_fails_alone(classifier, image):
 
 
 def test_work_that_is_dropped_during_its_pass_takes_nothing_with_it(classifier, image):
-    engine = Engine(classifier, 4, lambda: engine.drop(gone) if engine._under_way is not None else None)
+    engine = Engine(classifier, 4, lambda: engine.drop(gone) if engine._passes._under_way is not None else None)
     gone, other = engine.add(Piece(asking(image, 2))), engine.add(Piece(asking(image, 2)))
     while other.outcome is None:
         engine.step()

@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from math import inf
 from typing import Any, TypeVar
 
@@ -19,18 +18,9 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Call, Need, Outcome, Piece, Result, Work, logits_of, succeeded
 from torchserve_explain.attribution.memory import is_out_of_memory
-from torchserve_explain.attribution.policy import (
-    AGEING,
-    Kind,
-    Paces,
-    PackLimit,
-    UnderWay,
-    first_to_last,
-    is_short,
-    remaining_seconds,
-)
+from torchserve_explain.attribution.passes import Passes
 from torchserve_explain.attribution.rows import Evaluation, Rows
-from torchserve_explain.attribution.tasks import Block, RunningGroup, Slice, Task, evaluated
+from torchserve_explain.attribution.tasks import Block, RunningGroup, Slice, Task
 from torchserve_explain.attribution.threads import Threads
 from torchserve_explain.errors import AttributionError, DeadlinePassed, ExplainError, OutOfMemory
 
@@ -53,22 +43,32 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.classifier = classifier
-        self.passes = self.rows = 0  # so far
-        self.seconds = 0.0  # spent on passes so far
         self._arrivals, self._clock = arrivals, clock
-        self._aside = classifier.aside  # which is copied while no pass is under way
-        self._limit, self._paces = PackLimit(pack), Paces()
+        self._passes = Passes(classifier, pack, clock)
         self._roots: list[Task[Any]] = []  # in order of arrival
         self._ready: deque[Task[Any]] = deque()
         self._threads = Threads()
-        self._due = 0  # the passes when it was last the turn of who has waited longest
-        self._under_way: UnderWay | None = None
         self._news = False  # whether anything has gone on since it was last looked for somebody who may interrupt
 
     @property
     def pack(self) -> int:
         """How many rows a pass may have now."""
-        return self._limit.rows
+        return self._passes.limit.rows
+
+    @property
+    def passes(self) -> int:
+        """How many passes have been run."""
+        return self._passes.count
+
+    @property
+    def rows(self) -> int:
+        """How many rows they had in all."""
+        return self._passes.rows
+
+    @property
+    def seconds(self) -> float:
+        """How many seconds they took in all."""
+        return self._passes.seconds
 
     @property
     def in_flight(self) -> int:
@@ -102,11 +102,8 @@ class Engine:
         """
         self._go_on()
         self._end_the_late()
-        due = self.passes - self._due >= AGEING  # those that interrupt count
-        order = first_to_last(self._roots, self._remaining, due)
-        if order:
-            self._due = self.passes if due else self._due
-            self._pass(self._fill(order))
+        if slices := self._passes.next(self._roots):
+            self._pass(slices)
         elif not self._threads.woken and any(root.calling for root in self._roots):
             self._take_calls(inf)
         self._go_on()
@@ -247,42 +244,9 @@ class Engine:
         """Tell those for which time does not suffice, as far as measured passes make it certain."""
         now = self._clock()
         for task in [task for root in self._roots for task in root.family if task.deadline < inf]:
-            if (task.blocks or task.groups) and now + self._least(task) > task.deadline:
+            if (task.blocks or task.groups) and now + self._passes.least_seconds(task) > task.deadline:
                 self._throw(task, DeadlinePassed(LATE))
         self._go_on()
-
-    def _least(self, task: Task[Any]) -> float:
-        """Return the seconds that a task takes at least, at the fastest pace seen since it came."""
-
-        def fastest(rows: Rows) -> float:
-            return self._paces.of(self._kind(rows)).fastest_since(task.arrived)
-
-        return remaining_seconds(task, fastest, self._paces.cheapest_since(task.arrived))
-
-    def _remaining(self, task: Task[Any]) -> float:
-        """Return the seconds that a task is expected to take."""
-        expected = self._paces.expected
-        return remaining_seconds(task, lambda rows: expected(self._kind(rows)), self._paces.cheapest())
-
-    def _kind(self, rows: Rows) -> Kind:
-        """Rows of equal kind may share a pass: they all go back or none does, by one rule, in one arithmetic."""
-        low = self.classifier.narrow is not None and not rows.gradient and not rows.precise
-        return rows.gradient or bool(rows.layers), rows.rule, low
-
-    def _fill(self, order: Sequence[Task[Any]]) -> list[Slice]:
-        """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along.
-
-        Where it is a short request's, only other short ones' do.
-        """
-        alike = takewhile(lambda task: is_short(task.root), order) if is_short(order[0].root) else order
-        blocks = [(task, block) for task in alike for block in task.blocks]
-        kind = self._kind(blocks[0][1].rows)
-        slices, free = list[Slice](), self._limit.rows
-        for task, block in blocks:
-            if free and self._kind(block.rows) == kind:
-                slices.append(Slice(task, block, min(free, block.left)))
-                free -= slices[-1].count
-        return slices
 
     def _pass(self, slices: Sequence[Slice]) -> None:
         """Run a pass; one that fails is repeated task by task, so that only the guilty one fails."""
@@ -290,11 +254,12 @@ class Engine:
             made = [(part, inputs) for part in slices if (inputs := self._inputs(part)) is not None]
             if not made:
                 return
-            evaluation, seconds = self._evaluate([part for part, _ in made], torch.cat([inputs for _, inputs in made]))
+            riding, inputs = [part for part, _ in made], torch.cat([inputs for _, inputs in made])
+            evaluation, seconds = self._passes.evaluate(riding, inputs, self._let_pass)
         except Exception as error:
             failure = None if is_out_of_memory(error) else error.with_traceback(None)
         else:
-            self._hand_out([part for part, _ in made], evaluation, seconds)
+            self._hand_out(riding, evaluation, seconds)
             return
         # Outside the handler: the exception no longer holds the pass's tensors.
         self._recover([part for part in slices if part.block in part.task.blocks], failure)
@@ -309,44 +274,19 @@ class Engine:
             self._throw(part.task, error)
             return None
 
-    def _evaluate(self, slices: Sequence[Slice], inputs: Tensor) -> tuple[Evaluation, float]:
-        """Return a pass's evaluation and its seconds, without those of passes that have interrupted it."""
-        if self._under_way is not None and self._aside is not None:  # this one interrupts
-            began = self._clock()
-            evaluation = evaluated(self._aside, slices, inputs)
-            seconds = self._clock() - began
-            self._under_way.interrupted += seconds
-            return evaluation, seconds
-        self._under_way = pass_ = UnderWay({part.task.root for part in slices}, self._clock())
-        try:
-            evaluation = evaluated(self.classifier, slices, inputs, None if self._aside is None else self._let_pass)
-        finally:
-            self._under_way = None
-        return evaluation, self._clock() - pass_.began - pass_.interrupted
-
     def _let_pass(self) -> None:
-        """Between two layers of a pass, run the passes of those who need only few rows."""
+        """Between two layers of a pass, run passes of short requests that wait."""
         self._go_on()
-        while (short := self._short()) and self._under_way is not None and self._under_way.yields(self._clock()):
-            self._pass(self._fill(short))
-            self._go_on()
-
-    def _short(self) -> list[Task[Any]]:
-        """Return the tasks that may interrupt the pass under way, in the order in which they get rows."""
-        if self._under_way is None or not self._news:
-            return []
-        others = [root for root in self._roots if root not in self._under_way.roots]
-        short = [root for root in others if is_short(root)]
-        self._news = bool(order := first_to_last(short, self._remaining))
-        return order
+        while self._news and self._passes.may_be_interrupted:
+            if slices := self._passes.interrupting(self._roots):
+                self._pass(slices)
+                self._go_on()
+            else:
+                self._news = False
 
     def _hand_out(self, slices: Sequence[Slice], evaluation: Evaluation, seconds: float) -> None:
         """Give every task its rows of a pass."""
-        rows = sum(part.count for part in slices)
-        self.passes, self.rows, self.seconds = self.passes + 1, self.rows + rows, self.seconds + seconds
-        self._limit.fitted()
-        self._paces.of(self._kind(slices[0].block.rows)).learn(self._clock(), rows, seconds)
-        start = 0
+        start, rows = 0, sum(part.count for part in slices)
         for part in slices:
             own, share = evaluation.slice(start, start + part.count), seconds * part.count / rows
             if part.block in part.task.blocks:  # else another of its slices has made it fail
@@ -362,9 +302,7 @@ class Engine:
         """
         tasks, rows = list(dict.fromkeys(part.task for part in slices)), sum(part.count for part in slices)
         if failure is None:
-            if self.classifier.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._limit.halve(rows)
+            self._passes.halve(rows)
             if rows == 1:
                 self._throw(tasks[0], OutOfMemory("not even one row of this model fits into the memory that is left"))
         elif len(tasks) == 1:

@@ -1,12 +1,11 @@
 """Tasks: computations under way, what each of them waits for, and who is waiting for it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Call, Group, Outcome, Work
 from torchserve_explain.attribution.rows import Evaluation, Rows
 from torchserve_explain.errors import AttributionError
@@ -165,22 +164,3 @@ class Slice:
         if not self.block.left:
             self.task.blocks = [block for block in self.task.blocks if block is not self.block]
         self.block.rows.consume(start, evaluation)
-
-
-def evaluated(
-    classifier: Classifier, slices: Sequence[Slice], inputs: Tensor, pause: Callable[[], None] | None = None
-) -> Evaluation:
-    """Evaluate the rows of slices of one kind in one pass; `pause` is called between its layers."""
-    wanted = [part.block.rows for part in slices for _ in range(part.count)]
-    return classifier.evaluate(
-        inputs,
-        [rows.target for rows in wanted],
-        [rows.score for rows in wanted],
-        gradient=any(rows.gradient for rows in wanted),
-        each=any(rows.gradient and not rows.summed for rows in wanted),
-        layers=sorted({layer for rows in wanted for layer in rows.layers}),
-        activations=sorted({layer for rows in wanted for layer in rows.activations}),
-        rule=wanted[0].rule,
-        precise=any(rows.precise for rows in wanted),
-        pause=pause,
-    )

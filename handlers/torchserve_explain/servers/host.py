@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,6 +23,7 @@ from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.service import RawRequest, Service, error_answer
 
 log = logging.getLogger(__name__)
+SWITCHING = 0.0005  # seconds for which a thread keeps the interpreter while another wants it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -35,6 +37,7 @@ class Host:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._waiting: dict[Future[Answer], Task[Answer]] = {}
         self._open, self._lock = True, Lock()
+        sys.setswitchinterval(SWITCHING)
         self._thread = Thread(target=self._run, name="explain", daemon=True)
         self._thread.start()
 
