@@ -14,6 +14,7 @@ from torchserve_explain.attribution.functions import replacing
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods import relevance as rules
+from torchserve_explain.attribution.methods.deep_lift import DeepLift
 from torchserve_explain.attribution.methods.gradient import InputXGradient
 from torchserve_explain.attribution.methods.lrp import EPSILON, Attention, Composite, LayerwiseRelevance, RelevanceRules
 
@@ -376,3 +377,8 @@ def test_the_patch_that_decides_gets_the_relevance(trained, attention):
     assert float((found.argmax(1) == places).float().mean()) > 0.97 > 0.6 > float((plain.argmax(1) == places).float().mean())
     shares = found.abs() / found.abs().sum(1, keepdim=True)
     assert float(shares.gather(1, places[:, None]).mean()) > 0.7
+
+
+def test_the_patch_that_decides_gets_the_contributions(trained):
+    found = by_patch(trained, DeepLift())
+    assert float((found.argmax(1) == trained[2]).float().mean()) > 0.97

@@ -25,11 +25,19 @@ ALIASES = {
     "expit": "sigmoid",
 }
 ALIASES |= dict.fromkeys(("clip", "clamp_min", "clamp_max"), "clamp")
-# What autograd calls them, and what it calls the operations that are linear in all that they join.
+# Functions that sum products of two tensors' values.
+MATRIX_PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum")
+# What autograd calls the activations.
 ACTIVATION_NODES = {
     *("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "Elu", "Silu", "Gelu", "Mish", "Softplus"),
     *("Sigmoid", "Hardsigmoid", "Hardswish", "Tanh", "Clamp", "ClampMin", "ClampMax"),
 }
+# Products and quotients of two tensors that depend on the image, and what norms and attention are made of.
+JOINING_NODES = {
+    *("Mul of two", "Div of two", "Bmm of two", "Mm of two", "Mv of two", "Dot of two", "Addcmul", "Addcmul of two"),
+    *("LinalgVectorNorm", "NativeLayerNorm", "NativeGroupNorm", "Softmax", "SafeSoftmax", "Attention", "Attention of two"),
+}
+# Operations that are linear in all that they join.
 LINEAR_NODES = {
     *("Convolution", "Addmm", "Mm", "Linear", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "Mean", "Sum"),
     *("AvgPool2D", "AdaptiveAvgPool2D", "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Add of two", "Cat", "Stack", "T"),

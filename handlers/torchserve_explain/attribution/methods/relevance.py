@@ -3,39 +3,34 @@
 import torch
 from torch import Tensor
 
-from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIONS, FunctionCall, Replacements, surrogate
+from torchserve_explain.attribution.functions import (
+    ACTIVATION_NODES,
+    ACTIVATIONS,
+    JOINING_NODES,
+    MATRIX_PRODUCTS,
+    FunctionCall,
+    Replacements,
+    surrogate,
+)
 from torchserve_explain.attribution.fused import OPENED
+from torchserve_explain.attribution.norms import LayerNorm
 from torchserve_explain.errors import Unsupported
 
 STABILIZER = 1e-6
 PROPORTIONAL = ("avg_pool2d", "adaptive_avg_pool2d", "mean", "sum")
 AFFINE = ("batch_norm", "neg", "rsub")
-PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum")
 UNRULED = (  # which autograd cannot tell from a linear layer or a convolution
     *("addmm", "addmv", "baddbmm", "convolution"),
     *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 )
 # What autograd calls the operations that the rules replace.
-RULED_NODES = ACTIVATION_NODES | {
-    *("Mul of two", "Div of two", "Sub of two", "LinalgVectorNorm", "Softmax", "NativeLayerNorm", "NativeGroupNorm"),
-    *(
-        "Attention",
-        "Attention of two",
-        "SafeSoftmax",
-        "Addcmul",
-        "Addcmul of two",
-        "Bmm of two",
-        "Mm of two",
-        "Mv of two",
-        "Dot of two",
-    ),
-}
+RULED_NODES = ACTIVATION_NODES | JOINING_NODES | {"Sub of two"}
 
 
 def sharing(attention: bool) -> Replacements:
     """Return the rules; without `attention` the weights that a softmax makes are constants, arXiv:2202.07304."""
     rules = OPENED | dict.fromkeys(ACTIVATIONS, _pass) | dict.fromkeys(PROPORTIONAL, _in_proportion)
-    rules |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(PRODUCTS, _matrix_product) | dict.fromkeys(UNRULED, _refuse)
+    rules |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(MATRIX_PRODUCTS, _matrix_product) | dict.fromkeys(UNRULED, _refuse)
     rules |= {"add": _sum, "sub": _sum, "mul": _product, "div": _quotient, "layer_norm": _norm, "normalize": _pass}
     return rules | {"softmax": _softmax if attention else FunctionCall.value}
 
@@ -48,11 +43,6 @@ def own(x: Tensor) -> Tensor:
 def stable(x: Tensor) -> Tensor:
     """Return a divisor that is not zero."""
     return x + torch.where(x < 0, -STABILIZER, STABILIZER)
-
-
-def less(a: Tensor, b: Tensor) -> Tensor:
-    """Return a - b by a sum, so that whoever looks for differences that a rule has missed does not find this one."""
-    return torch.add(a, b, alpha=-1)
 
 
 def _pass(call: FunctionCall) -> Tensor:
@@ -116,24 +106,14 @@ def _softmax(call: FunctionCall) -> Tensor:
     dim = call.args[1] if len(call.args) > 1 else call.kwargs["dim"]
     masked = x.isinf()
     at = x.masked_fill(masked, 0).to(weights.dtype) * x.detach().masked_fill(masked, 0)
-    return surrogate(weights, less(at, (weights * at).sum(dim, keepdim=True)))
+    return surrogate(weights, torch.add(at, (weights * at).sum(dim, keepdim=True), alpha=-1))
 
 
 def _norm(call: FunctionCall) -> Tensor:
     """The deviation takes nothing (proposition 3.4); what is left is linear, and each input gets its contribution's share."""
-    x, output = call.inputs[0], call.value()
-    return surrogate(output, with_constant_deviation(call, x * own(x.detach())) / stable(output))
-
-
-def with_constant_deviation(call: FunctionCall, x: Tensor) -> Tensor:
-    """Return the linear part of a layer norm at `x`, by the deviation of what the norm was called with, and no bias."""
-    names = ("normalized_shape", "weight", "bias", "eps")
-    given = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
-    dims = tuple(range(-len(given["normalized_shape"]), 0))
-    variance = call.args[0].detach().var(dims, correction=0, keepdim=True)
-    centred: Tensor = less(x, x.mean(dims, keepdim=True)) * (variance + given.get("eps", 1e-5)).rsqrt()
-    weight: Tensor | None = given.get("weight")
-    return centred if weight is None else centred * weight
+    x, output, norm = call.inputs[0], call.value(), LayerNorm.of(call)
+    linear = norm.scaled(norm.centred(x * own(x.detach())) / norm.deviation(x))
+    return surrogate(output, linear / stable(output))
 
 
 def _refuse(call: FunctionCall) -> Tensor:
