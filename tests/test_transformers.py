@@ -5,8 +5,7 @@ import torch
 from conftest import NORMALIZATION
 from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from transformers import CLASSES, NETWORKS, NO_COLOUR, SIDE, marked_images, randomised, trained_vit
+from transformers import CLASSES, NETWORKS, NO_COLOUR, SIDE, Literal, marked_images, randomised, trained_vit
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
@@ -173,46 +172,6 @@ def test_a_position_keeps_its_share_and_a_difference_is_shared(exact):
     shares = r / (x - mean)
     expected = x * shares - (x / x.sum(1, keepdim=True)) * (mean * shares).sum(1, keepdim=True)
     torch.testing.assert_close(relevance(lambda x: x - x.mean(1, keepdim=True), x, r), expected)
-
-
-class Literal(TorchFunctionMode):
-    """The rules as autograd has them: gates, deviations and norms are numbers, each factor of a product gets one half."""
-
-    def __init__(self, attention):
-        super().__init__()
-        self.attention = attention
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        x = args[0] if args else None
-        match func.__name__:
-            case "gelu" | "silu" | "relu" | "sigmoid" | "tanh" | "hardswish" if x.requires_grad:
-                return x * (func(x.detach().clone(), *args[1:]) / x.detach()).nan_to_num()
-            case "layer_norm":
-                sigma = (x.var(-1, correction=0, keepdim=True) + kwargs["eps"]).sqrt().detach()
-                return (x - x.mean(-1, keepdim=True)) / sigma * kwargs["weight"] + kwargs["bias"]
-            case "normalize" if x.requires_grad:
-                return x / x.norm(dim=-1, keepdim=True).detach()
-            case "softmax":
-                weights = func(*args, **kwargs)
-                return weights if self.attention else weights.detach()
-            case "matmul" | "einsum":
-                *front, a, b = args
-                if a.requires_grad and b.requires_grad:
-                    return (func(*front, a, b.detach()) + func(*front, a.detach(), b)) / 2
-            case "mul" if all(isinstance(one, torch.Tensor) and one.requires_grad for one in args):
-                gate, signal = sorted(args, key=torch.numel)
-                return gate.detach() * signal
-            case "multi_head_attention_forward":
-                return self.attend(x.transpose(0, 1), args[4], *args[5:7], *args[11:13]).transpose(0, 1), None
-        return func(*args, **kwargs)
-
-    def attend(self, x, heads, weight, bias, out_weight, out_bias):
-        q, k, v = ((x @ w.T + b).unflatten(-1, (heads, -1)).transpose(1, 2)
-                   for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))  # fmt: skip
-        with self:
-            mixed = (q * q.shape[-1] ** -0.5).matmul(k.mT).softmax(-1).matmul(v)
-        return mixed.transpose(1, 2).flatten(2) @ out_weight.T + out_bias
 
 
 @pytest.mark.parametrize("attention", list(Attention))

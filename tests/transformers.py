@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import ConvNeXt, MaxVit, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
@@ -48,6 +49,46 @@ def randomised(build, biases=True):
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.3 if biases else 0)
     return model
+
+
+class Literal(TorchFunctionMode):
+    """The rules as autograd has them: gates, deviations and norms are numbers, each factor of a product gets one half."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        x = args[0] if args else None
+        match func.__name__:
+            case "gelu" | "silu" | "relu" | "sigmoid" | "tanh" | "hardswish" if x.requires_grad:
+                return x * (func(x.detach().clone(), *args[1:]) / x.detach()).nan_to_num()
+            case "layer_norm":
+                sigma = (x.var(-1, correction=0, keepdim=True) + kwargs["eps"]).sqrt().detach()
+                return (x - x.mean(-1, keepdim=True)) / sigma * kwargs["weight"] + kwargs["bias"]
+            case "normalize" if x.requires_grad:
+                return x / x.norm(dim=-1, keepdim=True).detach()
+            case "softmax":
+                weights = func(*args, **kwargs)
+                return weights if self.attention else weights.detach()
+            case "matmul" | "einsum":
+                *front, a, b = args
+                if a.requires_grad and b.requires_grad:
+                    return (func(*front, a, b.detach()) + func(*front, a.detach(), b)) / 2
+            case "mul" if all(isinstance(one, torch.Tensor) and one.requires_grad for one in args):
+                gate, signal = sorted(args, key=torch.numel)
+                return gate.detach() * signal
+            case "multi_head_attention_forward":
+                return self.attend(x.transpose(0, 1), args[4], *args[5:7], *args[11:13]).transpose(0, 1), None
+        return func(*args, **kwargs)
+
+    def attend(self, x, heads, weight, bias, out_weight, out_bias):
+        q, k, v = ((x @ w.T + b).unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))  # fmt: skip
+        with self:
+            mixed = (q * q.shape[-1] ** -0.5).matmul(k.mT).softmax(-1).matmul(v)
+        return mixed.transpose(1, 2).flatten(2) @ out_weight.T + out_bias
 
 
 COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0), (1.0, 1.0, 0.1))
