@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from conftest import NORMALIZATION, ROOT, SmallCnn
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import MaxVit, get_model
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS
@@ -59,9 +59,13 @@ ARCHITECTURES = {
     "efficientnet_v2_s": Architecture(_torchvision("efficientnet_v2_s"), "features"),
     "convnext_tiny": Architecture(_torchvision("convnext_tiny"), "features"),
     "swin_t": Architecture(_torchvision("swin_t"), "permute"),
+    "swin_v2_t": Architecture(_torchvision("swin_v2_t"), "permute"),
     "vit_b_16": Architecture(_torchvision("vit_b_16", image_size=64), "encoder.layers.encoder_layer_11.ln_1"),
     "timm/legacy_xception": Architecture(partial(_timm, "legacy_xception"), "act4", 96),
     "timm/efficientnet_lite0": Architecture(partial(_timm, "efficientnet_lite0"), "bn2"),
+    "a small maxvit": Architecture(
+        partial(MaxVit, (64, 64), 32, 4, [32, 64, 128], [2, 2, 2], 16, 0.2, num_classes=CLASSES), "blocks.2"
+    ),
     "a plain CNN": Architecture(PlainCnn, "10"),
     "a module of one's own": Architecture(partial(SmallCnn, CLASSES), "reduce"),
 }

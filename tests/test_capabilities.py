@@ -38,7 +38,7 @@ def test_the_report_tells_every_method_with_what_it_takes():
     assert list(told) == list(METHODS)
     assert told["integrated_gradients"]["parameters"] == ["baseline", "max_error", "steps"]
     assert told["integrated_gradients"]["defaults"] == {"baseline": "black", "max_error": 0.05}
-    assert told["saliency"]["parameters"] == []
+    assert told["saliency"]["parameters"] == ["backward"] and told["occlusion"]["parameters"] == ["baseline"]
     for name, method in told.items():
         assert method["description"].endswith(".") and "\n" not in method["description"]
         assert " ".join((METHODS[name].__doc__ or "").split()).startswith(method["description"])

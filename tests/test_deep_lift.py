@@ -5,13 +5,15 @@ import torch
 from captum.attr import DeepLift as CaptumDeepLift
 from conftest import NORMALIZATION, SIZE
 from torch import nn
+from torch.nn import functional
+from transformers import NETWORKS, SIDE, randomised
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.deep_lift import DeepLift
+from torchserve_explain.attribution.methods.deep_lift import DeepLift, Rescale
 
 TARGET = 2
 
@@ -95,8 +97,113 @@ def test_an_image_that_is_its_baseline_has_no_contribution():
 
 
 def test_what_has_no_rule_is_refused_by_name():
-    model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(2), nn.LayerNorm(64), nn.Flatten(), nn.Linear(512, 2))
-    assert "NativeLayerNorm" in DeepLift.unsupported(Classifier(model, NORMALIZATION, SIZE))
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.LogSoftmax(1), nn.Flatten(), nn.Linear(512, 2))
+    assert "LogSoftmax" in DeepLift.unsupported(Classifier(model, NORMALIZATION, SIZE))
+
+
+def multipliers(body, x, base):
+    """Return the multipliers of each of a body's outputs, [outputs, values], by its rules for an image and its baseline."""
+
+    class Net(nn.Module):
+        def forward(self, pair):
+            return body(pair).flatten(1)
+
+    pair = torch.cat([x, base])[None].requires_grad_()
+    answer = Rescale().apply(Net())(pair)
+    torch.testing.assert_close(answer, body(x[None]).flatten(1))
+    rows = [torch.autograd.grad(value, pair, retain_graph=True)[0][0, : len(x)] for value in answer[0]]
+    return torch.stack(rows)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+BODIES = {
+    "softmax": lambda x: x.softmax(-1),
+    "masked softmax": lambda x: (x + torch.tensor([0.0, -torch.inf, 0.0, 0.0])).softmax(-1),
+    "layer norm": lambda x: functional.layer_norm(x, (4,), torch.arange(1.0, 5).double(), torch.ones(4).double()),
+    "group norm": lambda x: functional.group_norm(x[:, :, None], 2),
+    "normalize": lambda x: functional.normalize(x),
+    "product": lambda x: x * x.flip(1),
+    "matrix product": lambda x: x.view(-1, 2, 2) @ x.view(-1, 2, 2).mT,
+    "einsum": lambda x: torch.einsum("nij,nkj->nik", x.view(-1, 2, 2), x.view(-1, 2, 2)),
+    "constant matrix": lambda x: torch.ones(3, 4).double() @ x[..., None],
+    "division": lambda x: x / (x * x).add(1),
+    "division of a constant": lambda x: torch.ones(4).double() / (x * x).add(1),
+    "attention": lambda x: functional.scaled_dot_product_attention(*[x.view(-1, 1, 2, 2)] * 3),
+}
+
+
+@pytest.mark.parametrize("form", BODIES)
+def test_every_rule_shares_the_change_of_every_output(form):
+    x, base = drawn(4), drawn(4, seed=1)
+    found = multipliers(BODIES[form], x, base)
+    change = (BODIES[form](x[None]) - BODIES[form](base[None])).flatten()
+    torch.testing.assert_close(found @ (x - base), change)
+    # Where the change is none, it is the gradient.
+    slopes = torch.autograd.functional.jacobian(lambda x: BODIES[form](x[None]).flatten(), x)
+    torch.testing.assert_close(multipliers(BODIES[form], x, x), slopes)
+    torch.testing.assert_close(multipliers(BODIES[form], x, x + 1e-6 * base), slopes, rtol=1e-4, atol=1e-4)
+
+
+def test_a_softmax_shares_by_logarithmic_means():
+    x, base = drawn(4), drawn(4, seed=1)
+    s, t = x.softmax(0), base.softmax(0)
+    m = [(s[i] - t[i]) / (s[i].log() - t[i].log()) for i in range(4)]
+    expected = torch.tensor([[m[i] * (float(i == k) - m[k] / sum(m)) for k in range(4)] for i in range(4)])
+    torch.testing.assert_close(multipliers(BODIES["softmax"], x, base), expected.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_layer_norm_shares_as_a_product_with_the_inverse_deviation():
+    x, base = drawn(4), drawn(4, seed=1)
+    c, d = x - x.mean(), base - base.mean()
+    s, t = ((v.square().mean() + 1e-5).sqrt() for v in (c, d))
+    middle, expected = (c + d) / 2, torch.zeros(4, 4, dtype=torch.float64)
+    for i in range(4):
+        for k in range(4):
+            of_inverse = (1 / s - 1 / t) / (s**2 - t**2) * 2 * middle[k] / 4  # d(1/s) through d(s^2) = sum 2 mean(c) dc / n
+            centred = (1 / s + 1 / t) / 2 * (i == k) + middle[i] * of_inverse
+            for j in range(4):
+                expected[i, j] += centred * ((j == k) - 1 / 4)
+    found = multipliers(lambda x: functional.layer_norm(x, (4,)), x, base)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_vector_of_zeros_has_no_direction(dtype):
+    zeros, x = torch.zeros(4, dtype=dtype), drawn(4).to(dtype)
+    assert torch.isfinite(multipliers(functional.normalize, zeros, zeros)).all()
+    for image, base in ((x, zeros), (zeros, x)):
+        torch.testing.assert_close(multipliers(functional.normalize, image, base), torch.eye(4, dtype=dtype) / x.norm())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_contributions_sum_to_the_difference_through_transformers(name):
+    classifier = Classifier(randomised(NETWORKS[name]), NORMALIZATION, (SIDE, SIDE))
+    assert DeepLift.unsupported(classifier) is None
+    inputs = NORMALIZATION(torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    scores = classifier.logits(inputs)[:, TARGET].tolist()
+    cases = [Case(classifier, image, TARGET, known_score=score) for image, score in zip(inputs, scores, strict=True)]
+    together = Engine(classifier, 16).run([Job(DeepLift(), case) for case in cases])
+    for case, outcome in zip(cases, together, strict=True):
+        assert outcome.value.completeness_error < 1e-9
+        (alone,) = Engine(classifier, 1).run([Job(DeepLift(), case)])
+        torch.testing.assert_close(outcome.value.map, alone.value.map)
+
+
+def test_images_along_another_dimension_are_refused():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).permute(2, 0, 1)
+            return self.head(nn.functional.gelu(tokens).mean(0))
+
+    assert "first dimension" in DeepLift.unsupported(Classifier(SequenceFirst(), NORMALIZATION, SIZE))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +211,8 @@ def test_what_has_no_rule_is_refused_by_name():
     [
         (lambda x: nn.functional.tanhshrink(x), "Tanh"),
         (lambda x: nn.functional.max_pool2d(x, 2, return_indices=True)[0], "MaxPool2DWithIndices"),
-        (lambda x: torch.einsum("nchw,nc->nchw", x, x.mean((2, 3))), "of two"),
+        (lambda x: torch.einsum("nchw,nc,nc->nchw", x, x.mean((2, 3)), x.mean((2, 3))), "more than two signals"),
+        (lambda x: nn.functional.normalize(x, p=1), "p=2"),
         (lambda x: torch.mul(input=x, other=x.sigmoid()), "by name"),
     ],
 )

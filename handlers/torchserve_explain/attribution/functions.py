@@ -15,13 +15,29 @@ ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "elu", "selu", "celu", "silu", "gelu", "mish", "softplus"),
     *("sigmoid", "hardsigmoid", "hardswish", "tanh", "clamp"),
 }
-ALIASES = {"multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "__rsub": "rsub", "expit": "sigmoid"}
+ALIASES = {
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "__rsub": "rsub",
+    "expit": "sigmoid",
+}
 ALIASES |= dict.fromkeys(("clip", "clamp_min", "clamp_max"), "clamp")
-# What autograd calls them, and what it calls the operations that are linear in all that they join.
+# Functions that sum products of two tensors' values.
+MATRIX_PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum")
+# What autograd calls the activations.
 ACTIVATION_NODES = {
     *("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "Elu", "Silu", "Gelu", "Mish", "Softplus"),
     *("Sigmoid", "Hardsigmoid", "Hardswish", "Tanh", "Clamp", "ClampMin", "ClampMax"),
 }
+# Products and quotients of two tensors that depend on the image, and what norms and attention are made of.
+JOINING_NODES = {
+    *("Mul of two", "Div of two", "Bmm of two", "Mm of two", "Mv of two", "Dot of two", "Addcmul", "Addcmul of two"),
+    *("LinalgVectorNorm", "NativeLayerNorm", "NativeGroupNorm", "Softmax", "SafeSoftmax", "Attention", "Attention of two"),
+}
+# Operations that are linear in all that they join.
 LINEAR_NODES = {
     *("Convolution", "Addmm", "Mm", "Linear", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "Mean", "Sum"),
     *("AvgPool2D", "AdaptiveAvgPool2D", "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Add of two", "Cat", "Stack", "T"),
@@ -38,6 +54,7 @@ class FunctionCall:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    replacing: TorchFunctionMode  # under it, the functions that are called are replaced, too
 
     @property
     def in_place(self) -> bool:
@@ -49,9 +66,15 @@ class FunctionCall:
         """The tensors among the first two arguments that a gradient goes back to."""
         return [value for value in self.args[:2] if isinstance(value, Tensor) and value.requires_grad]
 
-    def run(self, first: Tensor) -> Tensor:
-        """FunctionCall the function with another first argument, which is left as it is."""
-        output: Tensor = self.function(first.clone() if self.in_place else first, *self.args[1:], **self.kwargs)
+    @property
+    def signals(self) -> int:
+        """How many of the arguments are tensors that a gradient goes back to."""
+        return sum(isinstance(value, Tensor) and value.requires_grad for value in self.args)
+
+    def run(self, *first: Tensor) -> Tensor:
+        """Call the function with other first arguments, which are left as they are."""
+        changed = (first[0].clone(), *first[1:]) if self.in_place else first
+        output: Tensor = self.function(*changed, *self.args[len(first) :], **self.kwargs)
         return output
 
     def value(self) -> Tensor:
@@ -60,8 +83,21 @@ class FunctionCall:
             return self.run(self.args[0])
 
     def plain(self) -> Any:
-        """FunctionCall the function as the model does."""
+        """Call the function as the model does."""
         return self.function(*self.args, **self.kwargs)
+
+
+def _tensors_first(call: FunctionCall) -> FunctionCall:
+    """Return a call whose arguments begin with its tensors: those of an einsum follow its equation, or come as a list."""
+    if call.name != "einsum" or not isinstance(call.args[0], str):
+        return call
+    equation, *operands = call.args
+    tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+
+    def contract(*given: Tensor) -> Any:
+        return call.function(equation, *given)
+
+    return replace(call, function=contract, args=tuple(tensors))
 
 
 Replacements = Mapping[str, Callable[[FunctionCall], Any]]
@@ -76,11 +112,11 @@ class _Replacing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").rstrip("_")
-        call = FunctionCall(ALIASES.get(name, name), func, args, kwargs or {})
+        call = _tensors_first(FunctionCall(ALIASES.get(name, name), func, args, kwargs or {}, self))
         replacement = self._replacements.get(call.name)
         if replacement is not None and any(isinstance(v, Tensor) and v.requires_grad for v in call.kwargs.values()):
             raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")
-        if replacement is None or not call.inputs:
+        if replacement is None or not call.signals:
             return call.plain()
         if self._in_place or not call.in_place:
             return replacement(call)

@@ -30,14 +30,16 @@ class Grid:
 def find_spatial_layers(model: nn.Module, example: Tensor) -> dict[str, Grid]:
     """Find the modules whose output is a grid larger than 1 x 1, by dotted name, in the order in which they finish.
 
-    `example` [1, C, H, W] is run once; grids are recognised by its aspect ratio. The model is left as it was.
+    `example` [1, C, H, W] is run twice, in one pass, so that what is no image's own, such as a table of positions, shows.
+    Grids are recognised by its aspect ratio. The model is left as it was.
     """
     found: dict[str, Grid] = {}
+    pair = torch.cat([example, example])
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             usable = isinstance(output, Tensor) and output.is_floating_point() and not output.is_inference()
-            grid = _grid(output, example) if usable else None
+            grid = _grid(output, pair) if usable else None
             if grid is not None and not isinstance(module, PASSING):
                 found.pop(name, None)  # a module called again finishes later
                 found[name] = grid
@@ -47,7 +49,7 @@ def find_spatial_layers(model: nn.Module, example: Tensor) -> dict[str, Grid]:
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(example)
+            model(pair)
     finally:
         for hook in hooks:
             hook.remove()

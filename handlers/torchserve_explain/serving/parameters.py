@@ -8,9 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
+from torchserve_explain.attribution.methods.backward import Backward
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import Reduction
-from torchserve_explain.attribution.methods.lrp import Composite
+from torchserve_explain.attribution.methods.lrp import Attention, Composite
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES, Quality
 from torchserve_explain.attribution.rows import Score
@@ -70,6 +71,8 @@ class Parameters(BaseModel):
     gamma: Number | None = Field(None, ge=0, le=100, description="a number from 0 to 100")
     reduction: Reduction | None = Field(None, description=_one_of(Reduction))
     composite: Composite | None = Field(None, description=_one_of(Composite))
+    backward: Backward | None = Field(None, description=_one_of(Backward))
+    attention: Attention | None = Field(None, description=_one_of(Attention))
     quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
         (), description=f"one or more of {', '.join(QUALITIES)}, or 'all'", json_schema_extra={"enum": list(QUALITIES)}
     )

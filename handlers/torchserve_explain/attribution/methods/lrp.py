@@ -10,27 +10,13 @@ from torch import Tensor, nn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.functions import (
-    ACTIVATION_NODES,
-    ACTIVATIONS,
-    LINEAR_NODES,
-    FunctionCall,
-    replacing,
-    surrogate,
-)
+from torchserve_explain.attribution.functions import LINEAR_NODES, FunctionCall, replacing, surrogate
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
-from torchserve_explain.errors import Unsupported
+from torchserve_explain.attribution.methods.relevance import RULED_NODES, own, sharing, stable
 
-RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Mul of two"}
-STABILIZER = 1e-6
+RULED = LINEAR_NODES | RULED_NODES | {"MaxPool2DWithIndices", "Bmm", "Mv", "Dot"}
 GAMMA = 0.25
 LAYERS = ("conv2d", "linear")
-POOLINGS = ("avg_pool2d", "adaptive_avg_pool2d", "mean", "sum")
-AFFINE = ("batch_norm", "div", "neg", "sub", "rsub")
-UNRULED = (  # which autograd cannot tell from a linear layer or a convolution
-    *("matmul", "mm", "bmm", "mv", "dot", "inner", "tensordot", "einsum", "addmm", "addmv", "baddbmm", "convolution"),
-    *("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-)
 
 
 class Composite(StrEnum):
@@ -40,6 +26,13 @@ class Composite(StrEnum):
     EPSILON_PLUS_FLAT = "epsilon_plus_flat"  # the first: spread evenly
     EPSILON_GAMMA_BOX = "epsilon_gamma_box"  # gamma; the first: by the range of pixels
     EPSILON_ALPHA2_BETA1 = "epsilon_alpha2_beta1"
+
+
+class Attention(StrEnum):
+    """Whether relevance also goes through attention's weights to queries and keys, or the weights are constants."""
+
+    PROPAGATED = "propagated"
+    DETACHED = "detached"
 
 
 @dataclass(frozen=True)
@@ -61,10 +54,6 @@ class _Part:
     where: Callable[[Tensor], Tensor] = torch.ones_like
 
 
-def _same(x: Tensor) -> Tensor:
-    return x.clone()  # the model may go on to change it in place
-
-
 def _positive(x: Tensor) -> Tensor:
     return x.clamp(min=0)
 
@@ -77,7 +66,7 @@ def _favouring(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda parameter: parameter + GAMMA * part(parameter)
 
 
-EPSILON = (_Part((_Term(_same, _same),)),)
+EPSILON = (_Part((_Term(own, own),)),)
 FLAT = (_Part((_Term(torch.ones_like, torch.ones_like, bias=False),)),)
 EXCITING = (_Term(_positive, _positive), _Term(_negative, _negative, bias=False))
 INHIBITING = (_Term(_positive, _negative), _Term(_negative, _positive, bias=False))
@@ -93,7 +82,7 @@ def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
         return lambda x: x.new_tensor(values)[:, None, None].expand_as(x)
 
     below, above = _Term(bound(low), _positive, sign=-1), _Term(bound(high), _negative, sign=-1)
-    return (_Part((_Term(_same, _same), below, above)),)
+    return (_Part((_Term(own, own), below, above)),)
 
 
 @dataclass(frozen=True)
@@ -101,27 +90,29 @@ class RelevanceRules:
     """Every operation distributes the relevance of its output to its inputs; the score's own starts as one.
 
     Convolutions and linear layers by the composite's rules; sums, poolings and means in proportion; activations and
-    affine norms unchanged; the largest value takes all of a max pooling, the signal all of a product with a smaller
-    gate. arXiv:1509.06321 (epsilon, alpha-beta), 10.1007/978-3-030-28954-6_10 (composites), arXiv:1706.07206 (gates).
+    batch norms unchanged; the largest value takes all of a max pooling, the signal all of a product with a smaller
+    gate. Layer norms as if their deviation were a number; products of signals in halves; softmax by its Taylor expansion.
+    arXiv:1509.06321 (epsilon, alpha-beta), 10.1007/978-3-030-28954-6_10 (composites), arXiv:1706.07206 (gates),
+    arXiv:2402.05602 (AttnLRP: norms, products of signals, attention).
     `low` and `high` are the normalised values of black and white by channel.
     """
 
     composite: Composite
     low: tuple[float, ...]
     high: tuple[float, ...]
+    attention: Attention = Attention.PROPAGATED
 
     @classmethod
-    def of(cls, classifier: Classifier, composite: Composite) -> "RelevanceRules":
-        """Return the rules of a composite for a classifier's range of inputs."""
+    def of(cls, classifier: Classifier, composite: Composite, attention: Attention) -> "RelevanceRules":
+        """Return the rules for a classifier's range of inputs."""
         pixels = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, len(classifier.normalization.mean), 1, 1)
         low, high = classifier.normalization(pixels)[..., 0, 0].tolist()
-        return cls(composite, tuple(low), tuple(high))
+        return cls(composite, tuple(low), tuple(high), attention)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, their functions with other gradients."""
-        shared = dict.fromkeys(ACTIVATIONS, _pass) | dict.fromkeys(POOLINGS, _in_proportion)
-        shared |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(UNRULED, _refuse) | {"add": _sum, "mul": _product}
-        return replacing(model, lambda: shared | dict.fromkeys(LAYERS, _Layers(self)))
+        shared = sharing(self.attention is Attention.PROPAGATED)
+        return replacing(model, lambda: {**shared, **dict.fromkeys(LAYERS, _Layers(self))})
 
     def parts(self, call: FunctionCall, first: bool) -> tuple[_Part, ...]:
         """Return the rule of a convolution or linear layer."""
@@ -164,7 +155,7 @@ class _Layers:
         linear = torch.zeros_like(output)
         for part in parts:
             total = sum((found for term in part.terms if (found := run(term)) is not None), torch.zeros_like(output))
-            linear = linear + part.weight * part.where(output) / _stable(total.detach()) * total
+            linear = linear + part.weight * part.where(output) / stable(total.detach()) * total
         return surrogate(output, linear)
 
 
@@ -175,57 +166,22 @@ def _parameters(call: FunctionCall) -> tuple[Tensor, Tensor | None, dict[str, An
     return given.pop("weight"), given.pop("bias", None), given
 
 
-def _stable(x: Tensor) -> Tensor:
-    return x + torch.where(x < 0, -STABILIZER, STABILIZER)
-
-
-def _pass(call: FunctionCall) -> Tensor:
-    return surrogate(call.value(), call.inputs[0])
-
-
-def _in_proportion(call: FunctionCall) -> Tensor:
-    """Each input of a linear function gets its own contribution's share."""
-    x, output = call.inputs[0], call.value()
-    return surrogate(output, call.run(x * _same(x.detach())) / _stable(output))
-
-
-def _sum(call: FunctionCall) -> Tensor:
-    """Each summand gets its share; beside a constant the one summand gets all."""
-    if len(call.inputs) < 2:
-        return _pass(call)
-    (a, b), total = call.inputs, call.value()
-    return surrogate(total, (a * _same(a.detach()) + b * (total - a.detach())) / _stable(total))
-
-
-def _product(call: FunctionCall) -> Tensor:
-    """The signal takes all: a gate is the smaller factor, which the larger is stretched by."""
-    if len(call.inputs) < 2:
-        return _pass(call)
-    (a, b), product = call.inputs, call.value()
-    if a.shape == b.shape:
-        raise Unsupported("LRP has no rule for a product of two signals of one size")
-    return surrogate(product, a if a.shape == product.shape else b)
-
-
-def _refuse(call: FunctionCall) -> Tensor:
-    raise Unsupported(f"LRP has no rule for {call.name}")
-
-
 @dataclass(frozen=True)
 class LayerwiseRelevance(Method):
     """The target's logit handed back to the pixels, each layer sharing what reaches it among its inputs by a rule.
 
     map = relevance, signed; layers without bias pass all of it on. arXiv:1509.06321, section 2.3; `composite` says
-    which rule each layer has. The shares that biases keep are not measured.
+    which rule each layer has, `attention` whether attention's weights take part. What biases keep is not measured.
     """
 
     name: ClassVar[str] = "lrp"
     explains_probability: ClassVar[bool] = False
 
     composite: Composite = Composite.EPSILON_PLUS
+    attention: Attention = Attention.PROPAGATED
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        rules = RelevanceRules.of(case.classifier, self.composite)
+        rules = RelevanceRules.of(case.classifier, self.composite, self.attention)
         evaluation = yield from case.evaluation(rule=rules)
         return Attribution(evaluation.gradients[0] * evaluation.scores[0])
 
@@ -234,5 +190,5 @@ class LayerwiseRelevance(Method):
         unruled = sorted(classifier.operations - RULED)
         if unruled:
             return f"LRP has no rule for {', '.join(unruled)}"
-        rules = RelevanceRules.of(classifier, Composite.EPSILON_PLUS)
-        return classifier.refusal(rules, classifier.example, ACTIVATION_NODES | {"Mul of two"})
+        rules = RelevanceRules.of(classifier, Composite.EPSILON_PLUS, Attention.PROPAGATED)
+        return classifier.refusal(rules, classifier.example, RULED_NODES)
