@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from live import served
 
+from torchserve_explain import client, errors
 from torchserve_explain.archiver import build_archive, parser
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
@@ -19,7 +21,8 @@ from torchserve_explain.serving.parameters import Parameters
 from torchserve_explain.serving.settings import Limits
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-README, METHODS_PAGE, ASKING = ((ROOT / name).read_text() for name in ("README.md", "docs/methods.md", "docs/asking.md"))
+NAMES = ("README.md", "docs/methods.md", "docs/asking.md", "docs/client.md")
+README, METHODS_PAGE, ASKING, CLIENT_PAGE = ((ROOT / name).read_text() for name in NAMES)
 EVERYTHING = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```sh\n(.*?)```", README + METHODS_PAGE, re.S)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
@@ -165,10 +168,26 @@ def test_the_third_curl_writes_a_picture(server, tmp_path):
 
 
 @pytest.mark.live
-def test_the_python_client_gets_its_explanations(server, photo, capsys):
-    client = re.search(r"```python\n(.*?)```", ASKING, re.S)[1]
-    exec(client, {"address": f"{server.inference}/explanations/imagenet", "photo": photo})
-    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
-        ["grad_cam", "espresso", "1"],
-        ["saliency", "espresso", "1"],
-    ]
+def test_the_python_clients_get_their_answers(server, photo, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"url": server.inference, "key": None, "photo": photo}
+    for block in re.findall(r"```python\n(.*?)```", ASKING + CLIENT_PAGE, re.S):
+        exec(block, dict(names))
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == ["espresso", "grad_cam espresso 1 (224, 224)", "saliency espresso 1 (224, 224)"]
+    assert told[3].startswith("espresso {'score': 11.4") and "'deletion':" in told[3] and told[4].startswith("cup {")
+    assert told[5:] == ["['espresso', 'espresso']"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grad_cam.png", "saliency.png"]
+
+
+def test_the_clients_errors_table_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)`.*?\| (.*?) \|$", CLIENT_PAGE.split("## Errors\n")[1].split("\n## ")[0], re.M)
+    told = {
+        int(status): name
+        for name, statuses in rows
+        if name != "ServerError"
+        for status in re.findall(r"(?<!TorchServe's )\b\d{3}\b", statuses)
+    }
+    for status, name in told.items():
+        assert type(errors.request_error(HTTPStatus(status), "")).__name__ == name
+    assert set(told) == client.KNOWN
