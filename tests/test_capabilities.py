@@ -50,7 +50,7 @@ def test_the_report_tells_every_parameter_with_what_is_allowed():
     assert all(told[name]["description"] == field.description for name, field in Parameters.model_fields.items())
     assert told["baseline"]["kind"] == "choice" and told["baseline"]["allowed"] == ["black", "white", "mean", "blur", "noise"]
     assert told["colormap"]["allowed"] == list(report()["colormaps"])
-    assert told["output"]["allowed"] == ["json", "png", "npy", "html"]
+    assert told["output"]["allowed"] == ["json", "png", "npy", "html", "openapi"]
     kinds = {"max_error": "number", "seed": "whole", "values": "flag", "target": "text", "layer": "text"}
     assert {name: told[name]["kind"] for name in kinds} == kinds
     assert told["max_error"].items() >= {"minimum": 0, "exclusive_minimum": True, "maximum": 1}.items()

@@ -162,6 +162,13 @@ def test_the_curl_with_a_quality_answers_it(server, tmp_path):
 
 
 @pytest.mark.live
+def test_the_curls_for_the_openapi_document_answer_it(server, tmp_path):
+    commands = [line for line in ASKING.splitlines() if line.startswith("curl") and "openapi" in line]
+    first, second = (json.loads(run(command, server, tmp_path)) for command in commands)
+    assert first == second and first["openapi"] == "3.1.0"
+
+
+@pytest.mark.live
 def test_the_third_curl_writes_a_picture(server, tmp_path):
     run(next(c for c in COMMANDS if "why.png" in c), server, tmp_path)
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
