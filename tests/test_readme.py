@@ -123,7 +123,7 @@ def server(tmp_path_factory):
 
 def run(command, server, folder):
     command = command.replace("http://127.0.0.1:8080", server.inference)
-    environment = os.environ | {"photo": str(photo_path())}
+    environment = os.environ | {"photo": str(photo_path()), "PYTHONPATH": str(ROOT / "handlers")}
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, check=True, text=True).stdout
 
 
@@ -166,6 +166,18 @@ def test_the_curls_for_the_openapi_document_answer_it(server, tmp_path):
     commands = [line for line in ASKING.splitlines() if line.startswith("curl") and "openapi" in line]
     first, second = (json.loads(run(command, server, tmp_path)) for command in commands)
     assert first == second and first["openapi"] == "3.1.0"
+
+
+@pytest.mark.live
+def test_the_commands_that_ask_are_answered(server, photo, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    commands = [line for line in CLIENT_PAGE.splitlines() if line.startswith("torchserve-explain ask")]
+    program = f"{sys.executable} -m torchserve_explain ask --url {server.inference} "
+    shown, saved = (
+        run(line.replace("torchserve-explain ask ", program).replace(" --show", ""), server, tmp_path) for line in commands
+    )
+    assert shown.startswith("espresso 95.1%") and "grad_cam at features" in shown and "saliency of espresso" in shown
+    assert "deletion 0." in saved and (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.live
