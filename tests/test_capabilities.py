@@ -9,6 +9,7 @@ import re
 import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
 
+from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
@@ -31,6 +32,11 @@ def test_the_report_tells_the_arithmetic():
     assert report()["arithmetic"] == "float32"
     narrow = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
     assert report(classifier=narrow)["arithmetic"] == "bfloat16"
+
+
+def test_the_report_and_the_page_tell_the_version_of_the_code():
+    assert report()["served_by"] == f"torchserve-explain {__version__}"
+    assert f'<footer><p class="quiet">torchserve-explain {__version__}</p></footer>' in page_text()
 
 
 def test_the_report_tells_every_method_with_what_it_takes():

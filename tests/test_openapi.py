@@ -11,6 +11,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 from test_service import CONFIG, answers, explain, predict, service
 
+from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.errors import RequestError
@@ -47,6 +48,11 @@ def extra(part):
 
 def test_the_document_is_valid(document):
     OpenAPIV31SpecValidator(document).validate()
+    assert document["info"] == {
+        "title": "small: what is it, and why?",
+        "version": "1.0",
+        "description": f"torchserve-explain {__version__}",
+    }
     assert list(document["paths"]) == ["/predictions/small", "/explanations/small", "/explanations/small/1.0/{methods}"]
 
 

@@ -28,7 +28,7 @@ def openapi_document(report: Mapping[str, Any]) -> JsonObject:
     by_path = explain | {"operationId": "explain_by_path", "summary": "Say why, by the methods of the path."}
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"{name}: what is it, and why?", "version": version},
+        "info": {"title": f"{name}: what is it, and why?", "version": version, "description": report["served_by"]},
         "paths": {
             f"/predictions/{name}": {"post": _operation("predict", "Tell what it is.", _top_k(report), _prediction_answers())},
             f"/explanations/{name}": {"get": _about(), "post": explain},
