@@ -17,13 +17,13 @@ from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.answer_models import ErrorAnswer, ExplainedImage, Prediction
 from torchserve_explain.serving.answers import RENDERERS
-from torchserve_explain.serving.openapi import MEDIA_TYPE
-from torchserve_explain.serving.parameters import Output, Parameters, read_parameters
+from torchserve_explain.serving.parameters import OUTPUTS, Parameters, read_parameters
 from torchserve_explain.serving.service import Service
 from torchserve_explain.serving.settings import Settings
 
 __all__ = ["service"]  # a fixture
 IMAGE = picture()
+MEDIA_TYPE = OUTPUTS["openapi"]
 
 
 @pytest.fixture
@@ -94,8 +94,19 @@ def test_it_is_no_archives_default():
         Service(classifier, [], settings, {"name": "small", "version": "1.0"})
 
 
-def test_every_output_is_drawn_or_is_the_document():
-    assert {*RENDERERS, "openapi"} == set(Output.__args__)
+def test_every_output_is_drawn_as_its_type_or_is_the_document(service, document):
+    assert {*RENDERERS, "openapi"} == set(OUTPUTS)
+    content = document["paths"]["/explanations/small"]["post"]["responses"]["200"]["content"]
+    assert list(content) == list(OUTPUTS.values())
+    data = {"data": IMAGE, "method": b"saliency"}
+    for output, media_type in OUTPUTS.items():
+        by_field, by_header = answers(
+            service, explain(data | {"output": output.encode()}), explain(data, {"explain": "True", "Accept": media_type})
+        )
+        assert (
+            by_field.status == 200
+            and by_field.content_type.partition(";")[0] == media_type == by_header.content_type.partition(";")[0]
+        )
 
 
 def properties(document, kind, path="/explanations/small"):

@@ -17,7 +17,7 @@ from torchserve_explain.archiver import build_archive, parser
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.photo import photo_path
-from torchserve_explain.serving.parameters import Parameters
+from torchserve_explain.serving.parameters import OUTPUTS, Parameters
 from torchserve_explain.serving.settings import Limits
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,6 +64,11 @@ def test_the_parameters_table_lists_every_parameter_and_only_those():
     assert {name for cell in table(ASKING, "Parameters") for name in re.findall(r"`(\w+)`", cell)} == set(
         Parameters.model_fields
     )
+
+
+def test_the_outputs_are_those_of_the_code():
+    outputs = ASKING.split("## Outputs\n")[1].split("\n## ")[0]
+    assert re.findall(r"^- `(\w+)`:", outputs, re.M) == list(OUTPUTS)
 
 
 def test_the_limits_table_lists_every_limit_with_its_default():

@@ -8,8 +8,8 @@ from pydantic.json_schema import models_json_schema
 
 from torchserve_explain.errors import TYPES
 from torchserve_explain.serving.answer_models import ErrorAnswer, ExplainedImage, Prediction
+from torchserve_explain.serving.parameters import OUTPUTS
 
-MEDIA_TYPE = "application/vnd.oai.openapi+json"
 JsonObject = dict[str, Any]
 LISTS = ("method", "layer", "target", "quality")  # taken as comma lists, too
 KINDS = {"flag": "boolean", "whole": "integer", "number": "number", "choice": "string", "text": "string"}
@@ -106,13 +106,9 @@ def _operation(name: str, summary: str, parameters: JsonObject, answers: JsonObj
 
 
 def _explanation_answers() -> JsonObject:
-    content = {
-        "application/json": {"schema": {"$ref": "#/components/schemas/ExplainedImage"}},
-        "image/png": {"schema": {}},
-        "application/x-npy": {"schema": {}},
-        "text/html": {"schema": {"type": "string"}},
-        MEDIA_TYPE: {"schema": {"type": "object"}},
-    }
+    """Describe an explanation's answer in every output; only JSON's holds anything to describe."""
+    schemas = {"json": {"$ref": "#/components/schemas/ExplainedImage"}}
+    content = {media_type: {"schema": schemas.get(output, {})} for output, media_type in OUTPUTS.items()}
     return {"description": "why: as the parameter `output` or an Accept header asks", "content": content}
 
 
@@ -123,11 +119,8 @@ def _prediction_answers() -> JsonObject:
 
 def _about() -> JsonObject:
     """Describe the GET: what an empty request is answered, by its Accept header."""
-    content = {
-        "text/html": {"schema": {"type": "string", "description": "a page to try the model"}},
-        "application/json": {"schema": {"type": "object", "description": "what can be asked for"}},
-        MEDIA_TYPE: {"schema": {"type": "object", "description": "this document"}},
-    }
+    about = {"html": "a page to try the model", "json": "what can be asked for", "openapi": "this document"}
+    content = {OUTPUTS[output]: {"schema": {"description": told}} for output, told in about.items()}
     answers = {"200": {"description": "what this archive is, and can be asked", "content": content}}
     return {"operationId": "about", "summary": "Tell what can be asked.", "responses": answers}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
-from torchserve_explain.serving.openapi import MEDIA_TYPE
+from torchserve_explain.serving.parameters import OUTPUTS
 
 MOST_FIELDS, MOST_INSTANCES = 100, 1000  # more than anybody needs, and few enough to be copied one by one
-ACCEPTED = {"image/png": "png", "text/html": "html", "application/json": "json", MEDIA_TYPE: "openapi"}
+ACCEPTED = {media_type: output for output, media_type in OUTPUTS.items()}
 
 
 class Protocol(Enum):
