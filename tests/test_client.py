@@ -274,6 +274,15 @@ def test_what_a_newer_server_tells_beside_is_kept():
     assert explained(audit={"digest": "0"}).audit == {"digest": "0"}
 
 
+def test_a_quantity_has_a_value_and_classes_together_have_a_label_alone():
+    told = explained(predicted={"index": 0, "label": "price", "probability": None, "value": 12.5}).predicted
+    assert str(told) == "price 12.5" and told.probability is None
+    told = explained(predicted={"index": None, "label": "the rest", "probability": None}).predicted
+    assert str(told) == "the rest" and told.value is None
+    (one,) = explained().explanations
+    assert one.model_copy(update={"versus": told}).question == "<b>cat 50.0% rather than the rest"
+
+
 def test_the_client_needs_nothing_of_what_serves():
     absent = ("torch", "torchvision", "scipy", "skimage", "jinja2", "yaml", "ts", "rich")
     code = f"import sys; sys.modules |= dict.fromkeys({absent}); import torchserve_explain.client"

@@ -21,13 +21,13 @@ def told(one: ExplainedMap) -> str:
     """Say an explanation in one line: method, layer where it has one, target, numbers."""
     layer = f" at {one.parameters['layer']}" if "layer" in one.parameters else ""
     numbers = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in one.numbers.items())
-    return printable(f"{one.method}{layer} of {one.target}: {', '.join(numbers)}")
+    return printable(f"{one.method}{layer} of {one.question}: {', '.join(numbers)}")
 
 
 def drawn(found: ExplainedImage) -> Image.Image:
     """Return the overlay with its scale, or a labelled contact sheet of several."""
     if len(found.explanations) > 1:
-        return contact_sheet([Cell(one.overlay, one.method, str(one.target), _scale(one)) for one in found.explanations])
+        return contact_sheet([Cell(one.overlay, one.method, one.question, _scale(one)) for one in found.explanations])
     (one,) = found.explanations
     return with_scale(one.overlay, _scale(one))
 

@@ -31,14 +31,17 @@ class ServedModel(AnswerPart):
 
 
 class ScoredClass(AnswerPart):
-    """A class and the model's probability of it."""
+    """A class and the model's probability of it; a quantity has a value instead, several classes together no index."""
 
-    index: int = Field(ge=0)
+    index: int | None = Field(ge=0)
     label: str
-    probability: float = Field(ge=0, le=1)
+    probability: float | None = Field(ge=0, le=1)
+    value: float | None = Field(None, description="of a quantity")
 
     def __str__(self) -> str:
-        return f"{self.label} {self.probability:.1%}"
+        if self.probability is not None:
+            return f"{self.label} {self.probability:.1%}"
+        return self.label if self.value is None else f"{self.label} {self.value:.4g}"
 
 
 class ExplainedClass(ScoredClass):
@@ -88,6 +91,7 @@ class ExplainedMap(AnswerPart):
 
     method: str
     target: ExplainedClass
+    versus: ScoredClass | None = Field(None, description="what the target is explained rather than")
     parameters: dict[str, Any] = Field(description="what made this map, as the method took it")
     evaluations: int = Field(ge=0, description="rows that the model evaluated for it")
     completeness_error: float | None = Field(description="null where the method has no such axiom")
@@ -117,6 +121,11 @@ class ExplainedMap(AnswerPart):
         return _picture(self.heatmap.heatmap_png)
 
     @property
+    def question(self) -> str:
+        """What is explained: a class, or one rather than another."""
+        return str(self.target) if self.versus is None else f"{self.target} rather than {self.versus.label}"
+
+    @property
     def numbers(self) -> dict[str, float]:
         """What the answer says of this map in numbers: its score, cost, errors and qualities, as far as it has them."""
         told = {"score": self.target.score, "evaluations": self.evaluations, "completeness_error": self.completeness_error}
@@ -131,7 +140,7 @@ class ExplainedMap(AnswerPart):
         )
         return (
             f'<figure style="{BOX}"><img src="{source}" alt="{alt}"><figcaption><b>{escape(self.method)}</b><br>'
-            f"{escape(str(self.target))}<br>{numbers}</figcaption></figure>"
+            f"{escape(self.question)}<br>{numbers}</figcaption></figure>"
         )
 
 

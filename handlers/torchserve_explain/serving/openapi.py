@@ -50,7 +50,8 @@ def parameter_schema(name: str, parameter: Mapping[str, Any], report: Mapping[st
         schema["default"] = parameter["default"]
     if name in LISTS:
         return schema | _list_schema(name, parameter, report)
-    schema |= {"type": KINDS[parameter["kind"]]} | ({"enum": parameter["allowed"]} if "allowed" in parameter else {})
+    kind = ["string", "integer"] if parameter.get("suggestions") == "labels" else KINDS[parameter["kind"]]
+    schema |= {"type": kind} | ({"enum": parameter["allowed"]} if "allowed" in parameter else {})
     for bound, word in BOUNDS.items():
         if bound in parameter:
             schema[f"exclusive{word}" if parameter.get(f"exclusive_{bound}") else bound] = parameter[bound]
