@@ -4,7 +4,7 @@ NAME ?= imagenet
 RUN := .venv/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 
-.PHONY: serve test demo study bench bench-growth bench-serve soak support lint setup clean
+.PHONY: serve test demo study bench bench-growth bench-serve soak support site lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
@@ -35,6 +35,9 @@ bench-serve: setup  ## the handler beside TorchServe's own, over HTTP; writes ru
 
 soak: setup  ## the server under a mixed, partly hostile load for MINUTES (default: 30); writes run/soak/
 	@$(RUN) -m bench.soak --minutes $(or $(MINUTES),30)
+
+site: setup  ## the documentation as a site, in run/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 lint: setup  ## style and types
 	@$(RUN) -m ruff check .

@@ -9,11 +9,12 @@ import re
 import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
 
+from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.serving.page import sample, try_it_page
-from torchserve_explain.serving.parameters import Labels, Parameters
+from torchserve_explain.serving.parameters import OUTPUTS, Labels, Parameters
 from torchserve_explain.serving.planning import Planner
 from torchserve_explain.serving.settings import Explanations
 
@@ -33,6 +34,11 @@ def test_the_report_tells_the_arithmetic():
     assert report(classifier=narrow)["arithmetic"] == "bfloat16"
 
 
+def test_the_report_and_the_page_tell_the_version_of_the_code():
+    assert report()["served_by"] == f"torchserve-explain {__version__}"
+    assert f'<footer><p class="quiet">torchserve-explain {__version__}</p></footer>' in page_text()
+
+
 def test_the_report_tells_every_method_with_what_it_takes():
     told = {method["name"]: method for method in report()["methods"]}
     assert list(told) == list(METHODS)
@@ -50,7 +56,7 @@ def test_the_report_tells_every_parameter_with_what_is_allowed():
     assert all(told[name]["description"] == field.description for name, field in Parameters.model_fields.items())
     assert told["baseline"]["kind"] == "choice" and told["baseline"]["allowed"] == ["black", "white", "mean", "blur", "noise"]
     assert told["colormap"]["allowed"] == list(report()["colormaps"])
-    assert told["output"]["allowed"] == ["json", "png", "npy", "html"]
+    assert told["output"]["allowed"] == list(OUTPUTS)
     kinds = {"max_error": "number", "seed": "whole", "values": "flag", "target": "text", "layer": "text"}
     assert {name: told[name]["kind"] for name in kinds} == kinds
     assert told["max_error"].items() >= {"minimum": 0, "exclusive_minimum": True, "maximum": 1}.items()

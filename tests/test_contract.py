@@ -25,6 +25,7 @@ from test_live import (  # noqa: F401
     test_kserve_v2,
     test_pictures_come_as_fields_and_by_accept_header,
     test_the_npy_answer_is_the_values,
+    test_the_openapi_document_names_paths_that_are_served,
     test_the_path_names_methods_and_fields_outrank_it,
     test_the_report_is_one_self_contained_page,
     test_the_same_seed_is_the_same_map,

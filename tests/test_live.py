@@ -206,6 +206,17 @@ def test_a_browser_that_opens_the_url_gets_the_page(client):
     assert answer.headers["content-type"].startswith("text/html")
 
 
+def test_the_openapi_document_names_paths_that_are_served(client):
+    by_header = client.get("/explanations/small", headers={"Accept": "application/vnd.oai.openapi+json"})
+    by_field = client.post("/explanations/small", data={"output": "openapi"})
+    assert by_header.json() == by_field.json() and by_header.headers["content-type"].startswith("application/vnd.oai.openapi")
+    for path, operations in by_header.json()["paths"].items():
+        for verb in operations.keys() & {"get", "post"}:
+            form = {"files": {"data": IMAGE}, "data": {} if "predict" in path else {"method": "grad_cam"}}
+            answer = client.request(verb, path.replace("{methods}", "grad_cam,saliency"), **form if verb == "post" else {})
+            assert answer.status_code == 200, (verb, path, answer.text)
+
+
 def test_the_path_names_methods_and_fields_outrank_it(client):
     told = explain(client, path="/1.0/grad_cam,sensitivity").json()["explanations"]
     assert [e["method"] for e in told] == ["grad_cam", "sensitivity"]

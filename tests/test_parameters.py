@@ -17,7 +17,15 @@ from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
-from torchserve_explain.serving.parameters import LONGEST_LIST, LONGEST_TEXT, Capabilities, Labels, Parameters, read_parameters
+from torchserve_explain.serving.parameters import (
+    LONGEST_LIST,
+    LONGEST_TEXT,
+    OUTPUTS,
+    Capabilities,
+    Labels,
+    Parameters,
+    read_parameters,
+)
 
 FIELDS = Parameters.model_fields
 
@@ -37,7 +45,7 @@ def choices(name):
     """The words that a parameter allows, or none where it is no choice."""
     words = [word for kind in kinds(name) if get_origin(kind) is Literal for word in get_args(kind)]
     words += [word.value for kind in kinds(name) if isinstance(kind, type) and issubclass(kind, StrEnum) for word in kind]
-    return list(COLORMAPS) if name == "colormap" else words
+    return {"colormap": list(COLORMAPS), "output": list(OUTPUTS)}.get(name, words)
 
 
 def bounds(name):

@@ -5,21 +5,24 @@ import os
 import re
 import subprocess
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from live import served
 
+from torchserve_explain import client, errors
 from torchserve_explain.archiver import build_archive, parser
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.photo import photo_path
-from torchserve_explain.serving.parameters import Parameters
+from torchserve_explain.serving.parameters import OUTPUTS, Parameters
 from torchserve_explain.serving.settings import Limits
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-README, METHODS_PAGE, ASKING = ((ROOT / name).read_text() for name in ("README.md", "docs/methods.md", "docs/asking.md"))
+NAMES = ("README.md", "docs/methods.md", "docs/asking.md", "docs/client.md")
+README, METHODS_PAGE, ASKING, CLIENT_PAGE = ((ROOT / name).read_text() for name in NAMES)
 EVERYTHING = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```sh\n(.*?)```", README + METHODS_PAGE, re.S)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
@@ -61,6 +64,11 @@ def test_the_parameters_table_lists_every_parameter_and_only_those():
     assert {name for cell in table(ASKING, "Parameters") for name in re.findall(r"`(\w+)`", cell)} == set(
         Parameters.model_fields
     )
+
+
+def test_the_outputs_are_those_of_the_code():
+    outputs = ASKING.split("## Outputs\n")[1].split("\n## ")[0]
+    assert re.findall(r"^- `(\w+)`:", outputs, re.M) == list(OUTPUTS)
 
 
 def test_the_limits_table_lists_every_limit_with_its_default():
@@ -120,7 +128,7 @@ def server(tmp_path_factory):
 
 def run(command, server, folder):
     command = command.replace("http://127.0.0.1:8080", server.inference)
-    environment = os.environ | {"photo": str(photo_path())}
+    environment = os.environ | {"photo": str(photo_path()), "PYTHONPATH": str(ROOT / "handlers")}
     return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, check=True, text=True).stdout
 
 
@@ -159,16 +167,51 @@ def test_the_curl_with_a_quality_answers_it(server, tmp_path):
 
 
 @pytest.mark.live
+def test_the_curls_for_the_openapi_document_answer_it(server, tmp_path):
+    commands = [line for line in ASKING.splitlines() if line.startswith("curl") and "openapi" in line]
+    first, second = (json.loads(run(command, server, tmp_path)) for command in commands)
+    assert first == second and first["openapi"] == "3.1.0"
+
+
+@pytest.mark.live
+def test_the_commands_that_ask_are_answered(server, photo, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    commands = [line for line in CLIENT_PAGE.splitlines() if line.startswith("torchserve-explain ask")]
+    program = f"{sys.executable} -m torchserve_explain ask --url {server.inference} "
+    shown, saved = (
+        run(line.replace("torchserve-explain ask ", program).replace(" --show", ""), server, tmp_path) for line in commands
+    )
+    assert shown.startswith("espresso 95.1%") and "grad_cam at features" in shown and "saliency of espresso" in shown
+    assert "deletion 0." in saved and (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.live
 def test_the_third_curl_writes_a_picture(server, tmp_path):
     run(next(c for c in COMMANDS if "why.png" in c), server, tmp_path)
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.live
-def test_the_python_client_gets_its_explanations(server, photo, capsys):
-    client = re.search(r"```python\n(.*?)```", ASKING, re.S)[1]
-    exec(client, {"address": f"{server.inference}/explanations/imagenet", "photo": photo})
-    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
-        ["grad_cam", "espresso", "1"],
-        ["saliency", "espresso", "1"],
-    ]
+def test_the_python_clients_get_their_answers(server, photo, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"url": server.inference, "key": None, "photo": photo}
+    for block in re.findall(r"```python\n(.*?)```", ASKING + CLIENT_PAGE, re.S):
+        exec(block, dict(names))
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == ["espresso", "grad_cam espresso 1 (224, 224)", "saliency espresso 1 (224, 224)"]
+    assert told[3].startswith("espresso {'score': 11.4") and "'deletion':" in told[3] and told[4].startswith("cup {")
+    assert told[5:] == ["['espresso', 'espresso']"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grad_cam.png", "saliency.png"]
+
+
+def test_the_clients_errors_table_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)`.*?\| (.*?) \|$", CLIENT_PAGE.split("## Errors\n")[1].split("\n## ")[0], re.M)
+    told = {
+        int(status): name
+        for name, statuses in rows
+        if name != "ServerError"
+        for status in re.findall(r"(?<!TorchServe's )\b\d{3}\b", statuses)
+    }
+    for status, name in told.items():
+        assert type(errors.request_error(HTTPStatus(status), "")).__name__ == name
+    assert set(told) == client.KNOWN

@@ -2,11 +2,13 @@
 
 import ast
 import inspect
+import re
 
 import pytest
 from conftest import ROOT
 
 import explain_handler
+from torchserve_explain import __version__
 
 PACKAGE = ROOT / "handlers" / "torchserve_explain"
 BASE = {"errors"}  # what everyone may use
@@ -68,3 +70,12 @@ def test_no_pickle_is_loaded():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), path
+
+
+def test_the_version_stands_in_one_place_and_the_changelog_tells_it():
+    patterns = ("*.toml", "*.cff", "*.md", "docs/**/*.md", "deploy/**/*.*", "handlers/**/*.py", "handlers/**/*.html")
+    files = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    holders = {path.name for path in files if re.search(rf"\b{re.escape(__version__)}\b", path.read_text(errors="replace"))}
+    assert holders == {"__init__.py", "CHANGELOG.md"}
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest and newest[1] == __version__

@@ -2,6 +2,13 @@
 
 ExplainError
     RequestError            a client's request, with the status that it gets
+        BadRequest          400
+        KeyRefused          the server's token authorization, or a proxy's
+        NotServed           404
+        TooLarge            413
+        OverLimit           422
+        Unavailable         503, or a proxy's 429
+        OutOfTime           504
     ArchiveError            what is to be served, or explained from a folder
     AttributionError        one explanation; its neighbours are not concerned
         OutOfMemory
@@ -42,6 +49,52 @@ class RequestError(ExplainError):
     def body(self) -> dict[str, Any]:
         """Return TorchServe's own form of an error."""
         return {"code": self.status.value, "type": TYPES[self.status], "message": str(self)}
+
+
+class BadRequest(RequestError):
+    """A request that is wrong in itself."""
+
+
+class KeyRefused(RequestError):
+    """A request whose key is missing, unknown or expired."""
+
+
+class NotServed(RequestError):
+    """A request for a model, or a version of one, that is not served."""
+
+
+class TooLarge(RequestError):
+    """A request of more bytes, or an image of more pixels, than is allowed."""
+
+
+class OverLimit(RequestError):
+    """A request for more rows, methods, targets or bytes of answer than the archive allows."""
+
+
+class Unavailable(RequestError):
+    """A request that found every place taken, or the memory full; the same request may be answered later."""
+
+
+class OutOfTime(RequestError):
+    """A request whose time would be over before its answer."""
+
+
+_OF_STATUS: dict[int, type[RequestError]] = {
+    HTTPStatus.BAD_REQUEST: BadRequest,
+    HTTPStatus.UNAUTHORIZED: KeyRefused,
+    HTTPStatus.FORBIDDEN: KeyRefused,
+    HTTPStatus.NOT_FOUND: NotServed,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: TooLarge,
+    HTTPStatus.UNPROCESSABLE_ENTITY: OverLimit,
+    HTTPStatus.TOO_MANY_REQUESTS: Unavailable,
+    HTTPStatus.SERVICE_UNAVAILABLE: Unavailable,
+    HTTPStatus.GATEWAY_TIMEOUT: OutOfTime,
+}
+
+
+def request_error(status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> RequestError:
+    """Return the error of a status."""
+    return _OF_STATUS.get(status, RequestError)(status, message, headers)
 
 
 class ArchiveError(ExplainError, ValueError):

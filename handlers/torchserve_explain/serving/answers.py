@@ -213,7 +213,12 @@ def as_html(report: Report) -> Answer:
     return html_answer(_templates().get_template("report.html").render(report=report, seen=seen, maps=maps))
 
 
-RENDERERS: dict[str, Callable[[Report], Answer]] = {"json": as_json, "png": as_png, "npy": as_npy, "html": as_html}
+RENDERERS: dict[str, Callable[[Report], Answer]] = {
+    "json": as_json,
+    "png": as_png,
+    "npy": as_npy,
+    "html": as_html,
+}
 
 
 def json_answer(content: object, status: int = 200) -> Answer:

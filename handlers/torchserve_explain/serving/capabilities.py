@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from torchserve_explain import __version__
 from torchserve_explain.attribution.methods import METHODS, Smoothing
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.serving.colormaps import COLORMAPS, table
@@ -24,6 +25,7 @@ def capability_report(
     """Return what can be asked for, ready for JSON; `defaults` are the parameters of a request that names none."""
     return {
         "model": dict(model),
+        "served_by": f"torchserve-explain {__version__}",
         "methods": [_method(name) for name in capabilities.methods],
         "refused": capabilities.refused,
         "parameters": _parameters(defaults),

@@ -2,17 +2,17 @@
 
 from http import HTTPStatus
 
-from torchserve_explain.errors import AttributionError, DeadlinePassed, OutOfMemory, RequestError, Unsupported
+from torchserve_explain.errors import AttributionError, DeadlinePassed, OutOfMemory, RequestError, Unsupported, request_error
 
 
 def bad_request(message: str) -> RequestError:
     """A request that is wrong in itself."""
-    return RequestError(HTTPStatus.BAD_REQUEST, message)
+    return request_error(HTTPStatus.BAD_REQUEST, message)
 
 
 def over_limit(message: str) -> RequestError:
     """A request that asks for more than the archive allows."""
-    return RequestError(HTTPStatus.UNPROCESSABLE_ENTITY, message)
+    return request_error(HTTPStatus.UNPROCESSABLE_ENTITY, message)
 
 
 def from_engine(error: AttributionError) -> RequestError:
@@ -22,7 +22,7 @@ def from_engine(error: AttributionError) -> RequestError:
         DeadlinePassed: HTTPStatus.GATEWAY_TIMEOUT,
         Unsupported: HTTPStatus.BAD_REQUEST,
     }
-    return RequestError(statuses.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR), str(error))
+    return request_error(statuses.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR), str(error))
 
 
 def shown(value: object) -> str:

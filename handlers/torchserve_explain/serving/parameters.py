@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -20,7 +20,14 @@ from torchserve_explain.serving.errors import bad_request, shown
 
 # Far beyond every limit, and short enough to be split and looked at item by item.
 LONGEST_LIST, LONGEST_TEXT = 1000, 100_000
-Output = Literal["json", "png", "npy", "html"]
+# What an answer may be, and the type that an Accept header asks for it by.
+OUTPUTS = {
+    "json": "application/json",
+    "png": "image/png",
+    "npy": "application/x-npy",
+    "html": "text/html",
+    "openapi": "application/vnd.oai.openapi+json",
+}
 
 
 def _listed(value: object) -> object:
@@ -58,7 +65,12 @@ class Parameters(BaseModel):
     target: Target | Annotated[tuple[Target, ...], Field(min_length=1)] | None = Field(
         None, description="a class index, a label, or a list of them"
     )
-    output: Output = Field("json", description=_one_of(("json", "png", "npy", "html")))
+    output: str = Field(
+        "json",
+        pattern=f"^({'|'.join(OUTPUTS)})$",
+        description=_one_of(OUTPUTS),
+        json_schema_extra={"enum": list(OUTPUTS)},
+    )
     values: bool = Field(False, description="true or false")
     baseline: Baseline | None = Field(None, description=_one_of(Baseline))
     max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")

@@ -10,6 +10,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.method import OwnRow
 from torchserve_explain.errors import Unsupported
+from torchserve_explain.serving.answers import RENDERERS
 from torchserve_explain.serving.capabilities import capability_report
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
 from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters, read_parameters
@@ -71,11 +72,14 @@ class Planner:
         self._methods(parameters, self.capabilities.choose(parameters.method, parameters.score))
         labels.targets(parameters.target if parameters.target is not None else 0)
         self._check_timeout(parameters)
+        if parameters.output == "openapi":
+            raise bad_request(f"output: openapi is no default; allowed: {', '.join(RENDERERS)}")
 
     def report(self, model: Mapping[str, str]) -> dict[str, Any]:
         """Return what clients may ask for, ready for JSON, and the arithmetic of rows without a gradient."""
         defaults, layers = read_parameters(self._defaults), list(self._classifier.spatial_layers)
         report = capability_report(model, self.capabilities, defaults, self._labels, layers)
+        report["parameters"]["timeout"]["maximum"] = self._limits.seconds
         narrow = self._classifier.narrow or torch.float32
         return report | {"arithmetic": str(narrow).removeprefix("torch.")}
 

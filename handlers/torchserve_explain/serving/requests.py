@@ -12,9 +12,10 @@ from typing import Any
 
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
+from torchserve_explain.serving.parameters import OUTPUTS
 
 MOST_FIELDS, MOST_INSTANCES = 100, 1000  # more than anybody needs, and few enough to be copied one by one
-ACCEPTED = {"image/png": "png", "text/html": "html", "application/json": "json"}
+ACCEPTED = {media_type: output for output, media_type in OUTPUTS.items()}
 
 
 class Protocol(Enum):
@@ -57,9 +58,16 @@ class Request:
             raise RequestError(error.status, f"instance {place}: {error}") from None
 
     @property
+    def output(self) -> object:
+        """The output that it names, in a field or in its Accept header."""
+        fields = self.instances[0].fields if self.instances else {}
+        return fields.get("output") or self.defaults.get("output")
+
+    @property
     def page(self) -> bool:
-        """Whether nothing was sent: a browser that opens the URL."""
-        return self.explain and not self.instances
+        """Whether it asks about the archive: nothing was sent, as by a browser, or its OpenAPI document is wanted."""
+        document = self.protocol is Protocol.PLAIN and self.output == "openapi"
+        return self.explain and (document or not self.instances)
 
 
 def read_request(

@@ -23,8 +23,9 @@ from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite,
 from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Report, json_answer
 from torchserve_explain.serving.errors import bad_request, from_engine, over_limit, shown
 from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.openapi import openapi_document
 from torchserve_explain.serving.page import try_it_page
-from torchserve_explain.serving.parameters import Labels
+from torchserve_explain.serving.parameters import OUTPUTS, Labels, read_parameters
 from torchserve_explain.serving.planning import Item, Planner, own_row, top_k
 from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 from torchserve_explain.serving.settings import Settings
@@ -231,9 +232,13 @@ class Service:
         return Class(index, self._labels.names[index], float(seen.probabilities[index]))
 
     def _opened(self, request: Request, headers: Mapping[str, Any]) -> Answer:
-        """Answer who sent nothing: a program with what may be asked for, a person with the page that asks."""
+        """Answer who asks about the archive: a program with what may be asked for, a person with the page that asks."""
         report = self._planner.report(self._model)
-        if request.defaults.get("output") == "json":
+        for instance in request.instances:
+            read_parameters(instance.fields)
+        if request.output == "openapi":
+            return replace(json_answer(openapi_document(report)), content_type=OUTPUTS["openapi"])
+        if request.output == "json":
             return json_answer(report)
         return try_it_page(report, keyed="authorization" in map(str.lower, headers))
 
