@@ -38,7 +38,7 @@ class ExplainHandler:
         classifier, labels = archive.classifier, archive.labels
         self._continuous = settings.continuousBatching
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
-        service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})
+        service = Service(classifier, labels, settings, {"name": context.model_name, "version": version}, archive.digest)
         quantum = settings.explanations.limits.quantum / 1000
         engine = Engine(classifier, service.limits.pack, quantum if self._continuous else inf)
         self._metrics = Metrics(context, engine, service)

@@ -37,7 +37,7 @@ def service():
     settings = Settings.model_validate(CONFIG)
     preprocessing = settings.preprocessing
     classifier = Classifier(small_cnn().float(), preprocessing.normalization, preprocessing.size)
-    return Service(classifier, [], settings, {"name": "small", "version": "1.0"})
+    return Service(classifier, [], settings, {"name": "small", "version": "1.0"}, "0" * 64)
 
 
 def in_flight_of(service, quantum=0.02, pack=2):

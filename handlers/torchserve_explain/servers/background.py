@@ -48,7 +48,8 @@ class Host:
         archive = Archive.load(path, device)
         # The places of a continuous batch are TorchServe's; here any number of requests may be in flight.
         settings = archive.settings.model_copy(update={"continuousBatching": False})
-        service = Service(archive.classifier, archive.labels, settings, {"name": name, "version": archive.version})
+        model = {"name": name, "version": archive.version}
+        service = Service(archive.classifier, archive.labels, settings, model, archive.digest)
         quantum = service.limits.quantum / 1000
         engine = Engine(archive.classifier, service.limits.pack, quantum)
         service.warm_up(engine)
