@@ -1,10 +1,10 @@
-"""The command torchserve-explain: build archives, serve them, drain a server, try it, explain a folder, replay a record."""
+"""The command torchserve-explain: build archives, serve them, drain a server, try it, explain a folder, compare, replay."""
 
 import argparse
 from collections.abc import Sequence
 
 from torchserve_explain import __version__, archiver, demo, replay
-from torchserve_explain.gallery import explain
+from torchserve_explain.gallery import compare, explain
 from torchserve_explain.servers import drain, kserve, torchserve
 
 
@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--version", action="version", version=__version__)
     commands = command.add_subparsers(required=True, metavar="COMMAND")
     modules = {"archive": archiver, "serve": torchserve, "kserve": kserve, "drain": drain, "demo": demo, "explain": explain}
-    modules |= {"replay": replay}
+    modules |= {"compare": compare, "replay": replay}
     for name, module in modules.items():
         about = (module.__doc__ or "").strip()
         one = commands.add_parser(name, help=about.splitlines()[0], description=about)
