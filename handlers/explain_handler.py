@@ -57,6 +57,7 @@ class ExplainHandler:
         `context.request_ids` stays in flight; without it every request is answered now.
         """
         ids: dict[int, str] = dict(context.request_ids)
+        self._metrics.tell_in_flight(len(ids))  # before the first pass, which may be long
         requests = {name: lambda index=index: self._raw(data, context, index) for index, name in ids.items()}
         try:
             answers = self._in_flight.call(requests) if self._continuous else self._in_flight.answer_all(requests)
