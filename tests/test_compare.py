@@ -177,6 +177,7 @@ def test_a_page_tells_what_the_numbers_do_and_loads_nothing_from_elsewhere(out):
     page, measured = (out / "index.html").read_text(), told(out)
     changed = [one for one in measured["pictures"] if one["changed"]]
     assert f"{100 * measured['changed']:.1f} % of the predictions changed" in page
+    assert all(measured[side]["archive"] == side and measured[side]["digest"][:16] in page for side in ("old", "new"))
     section = page.split("<h2>Changed predictions</h2>")[1].split("<h2>Moved most")[0]
     assert section.count('class="shot"') == len(changed)
     assert all(f"{one['old']['predicted']} became {one['new']['predicted']}" in section for one in changed)

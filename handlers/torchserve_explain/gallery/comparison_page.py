@@ -24,7 +24,11 @@ MEASURES = {"rank_correlation": 0.1, "cosine": 0.1, "moved_mass": 0.9}  # and th
 
 
 def write_page(
-    out: Path, names: tuple[str, str], pictures: Sequence[Compared], found: Sequence[Threshold], skipped: Mapping[str, str]
+    out: Path,
+    archives: Sequence[Mapping[str, str]],
+    pictures: Sequence[Compared],
+    found: Sequence[Threshold],
+    skipped: Mapping[str, str],
 ) -> Path:
     """Write the page beside the folders old/ and new/ that hold the maps; return its path."""
     maps = list(pictures[0].maps)
@@ -36,7 +40,7 @@ def write_page(
         for name in maps
     }  # fmt: skip
     html = environment.get_template("comparison.html").render(
-        names=names, pictures=pictures, thresholds=found, skipped=skipped, maps=maps, table=table, folder=PICTURES,
+        archives=archives, pictures=pictures, thresholds=found, skipped=skipped, maps=maps, table=table, folder=PICTURES,
         accuracy=accuracies(pictures), changed=changed_share(pictures), changes=changes(pictures),
         other=sorted((one for one in pictures if one.changed), key=_gravest)[:CHANGED],
         moved={name: most_moved(pictures, name, SHOWN) for name in maps},
