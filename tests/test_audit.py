@@ -11,11 +11,11 @@ import pytest
 from live import SMALL_CONFIG, build_small, picture, served
 
 from torchserve_explain.archive import Archive
+from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.cli import main
 from torchserve_explain.serving import audit
-from torchserve_explain.serving.in_flight import InFlight
 from torchserve_explain.serving.service import RawRequest, Service
 from torchserve_explain.serving.settings import read_settings
 
@@ -41,9 +41,8 @@ def archive(store):
 def answers(archive, *requests):
     """Return the answers to requests that are in flight together."""
     service = Service(archive.classifier, archive.labels, archive.settings, {"name": "small", "version": "1.0"}, archive.digest)
-    raws = {str(n): RawRequest({"data": IMAGE} | fields, {"explain": "True"}, f"id-{n}") for n, fields in enumerate(requests)}
-    found = InFlight(service, Engine(archive.classifier, 8), 0.05).answer_all({n: lambda n=n: raws[n] for n in raws})
-    return [found[str(n)] for n in range(len(requests))]
+    raws = (RawRequest({"data": IMAGE} | fields, {"explain": "True"}, f"id-{n}") for n, fields in enumerate(requests))
+    return [one.value for one in Engine(archive.classifier, 8).results([Piece(service.answer(raw)) for raw in raws])]
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from torchserve_explain.archive import Archive
+from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.errors import ArchiveError, ExplainError
 from torchserve_explain.options import positive
 from torchserve_explain.paths import STORE
-from torchserve_explain.servers.background import DEVICE
+from torchserve_explain.servers.host import DEVICE
 from torchserve_explain.serving.audit import MARK, AuditRecord, MapRecord, sha256, versions
-from torchserve_explain.serving.in_flight import InFlight
 from torchserve_explain.serving.service import RawRequest, Service
 from torchserve_explain.serving.settings import Settings
 
@@ -116,7 +116,7 @@ def _remade(then: MapRecord, image: bytes, archive: Archive, engine: Engine) -> 
     service = Service(archive.classifier, archive.labels, settings, {"name": "replay", "version": "0"}, archive.digest)
     fields = then.parameters | {"data": image, "method": then.method, "target": then.target, "audit": True}
     raw = RawRequest(fields, {"explain": "True"})
-    answer = InFlight(service, engine, 1.0).answer_all({"": lambda: raw})[""]
+    answer = engine.results([Piece(service.answer(raw))])[0].value
     told: dict[str, Any] = json.loads(answer.body)
     if answer.status != 200:
         raise ExplainError(f"{then.method} of class {then.target} cannot be made anew: {told['message']}")
