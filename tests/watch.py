@@ -173,7 +173,7 @@ def composed(folder: Path):
         served(["small"], folder, folder / "run", TS_DISABLE_TOKEN_AUTHORIZATION="false") as server,
         proxied(folder, free_port(), server.inference.removeprefix("http://"), server.run / "key_file.json") as proxy,
         prometheus(tool("prometheus"), folder, server.metrics.removeprefix("http://")) as watcher,
-        httpx.Client(base_url=proxy, verify=False, headers=CLIENT, timeout=120) as client,
+        httpx.Client(base_url=proxy, verify=False, headers=CLIENT, timeout=40) as client,
     ):
         yield Composed(server, watcher, client)
 
