@@ -37,7 +37,7 @@ class ExplainHandler:
         classifier, labels = archive.classifier, archive.labels
         self._continuous = settings.continuousBatching
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
-        service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})
+        service = Service(classifier, labels, settings, {"name": context.model_name, "version": version}, archive.digest)
         host = Host(service, version)
         self._metrics = Metrics(context, host.engine, service)
         host.warm_up()
@@ -55,6 +55,7 @@ class ExplainHandler:
         `context.request_ids` stays in flight; without it every request is answered now.
         """
         ids: dict[int, str] = dict(context.request_ids)
+        self._metrics.tell_in_flight(len(ids))  # before the first pass, which may be long
         requests = {name: lambda index=index: self._raw(data, context, index) for index, name in ids.items()}
         try:
             answers = self._in_flight.call(requests) if self._continuous else self._in_flight.answer_all(requests)

@@ -13,7 +13,7 @@ FILES = ("config.properties", "deploy/log4j2.xml", "deploy/metrics.yaml", "deplo
 
 
 def test_every_command_says_what_it_takes(capsys):
-    for command in ("archive", "serve", "drain", "demo", "ask", "explain"):
+    for command in ("archive", "serve", "kserve", "drain", "demo", "ask", "explain", "compare", "replay"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0 and f"torchserve-explain {command}" in capsys.readouterr().out

@@ -40,7 +40,7 @@ def service():
     settings = Settings.model_validate(CONFIG)
     preprocessing = settings.preprocessing
     classifier = Classifier(small_cnn().float(), preprocessing.normalization, preprocessing.size)
-    return Service(classifier, [], settings, {"name": "small", "version": "1.0"})
+    return Service(classifier, [], settings, {"name": "small", "version": "1.0"}, "0" * 64)
 
 
 @pytest.fixture
@@ -130,6 +130,12 @@ class Counted:
     def answered(self, answer):
         """Take an answer."""
 
+    def __init__(self):
+        self.told = []
+
+    def tell_in_flight(self, count):
+        self.told.append(count)
+
     def after_call(self, in_flight):
         self.in_flight = in_flight
 
@@ -156,6 +162,20 @@ def test_the_handler_answers_whole_batches_without_continuous_batching(in_flight
     context = Context(["long", "short"])
     bodies = handler_of(in_flight, continuous=False).handle([LONG, PREDICTION], context)
     assert set(context.request_ids) == {0, 1} and all(map(json.loads, bodies))
+
+
+def test_requests_are_told_before_the_first_pass(in_flight, monkeypatch):
+    """Who drains a version looks only now and then, and a pass may be long."""
+    handler = handler_of(in_flight, continuous=True)
+    seen, call = [], in_flight.call
+
+    def first_told(requests):
+        seen.extend(handler._metrics.told)
+        return call(requests)
+
+    monkeypatch.setattr(in_flight, "call", first_told)
+    handler.handle([LONG, PREDICTION], Context(["long", "short"]))
+    assert seen == [2]
 
 
 def test_nothing_leaves_the_handler_as_an_exception(in_flight, monkeypatch):

@@ -85,7 +85,7 @@ def another(name):
         return ["deletion", "infidelity"]
     if name in LISTS:
         return ["one", "two"]
-    return True if name == "values" else (7 if name in WHOLE else 0.125)
+    return True if name in ("values", "audit") else (7 if name in WHOLE else 0.125)
 
 
 def as_sent(value):
@@ -109,7 +109,7 @@ def checked(error):
 
 def test_every_parameter_is_a_number_a_choice_a_list_or_a_truth():
     """So that the tests below leave none out."""
-    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "quality"}
+    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "audit", "quality"}
 
 
 @pytest.mark.parametrize("name", FIELDS)

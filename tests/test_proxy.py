@@ -173,6 +173,17 @@ def test_a_body_over_the_limit_ends_at_the_proxy(client):
     refused(client.post("/predictions/imagenet", content=b"x" * 20_000_001), 413)
 
 
+def test_forms_whose_fields_would_fill_the_servers_memory_end_at_the_proxy(client, proxy):
+    for kind in ("application/x-www-form-urlencoded", "Application/X-WWW-Form-URLencoded; charset=utf-8"):
+        refused(client.post("/predictions/imagenet", content=b"a=&", headers={"Content-Type": kind}), 415)
+    assert client.post("/predictions/imagenet", data={"a": "b"}, files={"data": b"x"}).status_code == 200
+    token = f"Authorization: Bearer {TOKEN}\r\nContent-Length: 0\r\n"
+    kinds = "Content-Type: {}\r\nContent-Type: {}\r\n"
+    for first, second in (("a/b", "application/x-www-form-urlencoded"), ("application/x-www-form-urlencoded", "a/b")):
+        answer = asked(proxy, "/predictions/imagenet", "POST", token + kinds.format(first, second))
+        assert not answer.startswith(b"HTTP/1.1 200") or b"x-www-form" not in answer
+
+
 def test_a_chunked_body_reaches_the_server_as_one_of_known_length(client):
     told = client.post("/predictions/imagenet", content=(b"x" * 1000 for _ in range(100))).json()
     assert told["bytes"] == 100_000 and told["headers"]["Content-Length"] == "100000"

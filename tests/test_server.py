@@ -11,7 +11,7 @@ from live import CONTINUOUS, build_small, picture, served
 
 from torchserve_explain import cli
 from torchserve_explain.errors import ServerError
-from torchserve_explain.servers import torchserve
+from torchserve_explain.servers import drain, torchserve
 from torchserve_explain.servers.torchserve_logs import Logs
 
 LOG = """\
@@ -83,7 +83,9 @@ def metrics():
 
 
 def gauge(*counts):
-    lines = [f'RequestsInFlight{{ModelName="m{index}",Hostname="h",}} {count}' for index, count in enumerate(counts)]
+    """Two models with a version each."""
+    labels = (f'ModelName="m{index}",ModelVersion="{index + 1}.0",Hostname="h",' for index in range(len(counts)))
+    lines = [f"RequestsInFlight{{{one}}} {count}" for one, count in zip(labels, counts, strict=True)]
     return "\n".join(["# TYPE RequestsInFlight gauge", *lines, 'RequestsInFlightElse{a="b"} 7.0'])
 
 
@@ -121,9 +123,20 @@ def test_the_drain_command_says_what_it_cannot_see(metrics, monkeypatch, capsys)
     told, server = metrics
     told.append(gauge(0.0))
     monkeypatch.setenv("TS_METRICS_ADDRESS", server.metrics)
-    assert cli.main(["drain", "m1"]) == 1 and "tells nothing of m1; known: m0" in capsys.readouterr().err
+    for unknown in ("m1", "m0/2.0"):
+        assert cli.main(["drain", unknown]) == 1 and f"tells nothing of {unknown}; known: m0/1.0" in capsys.readouterr().err
     monkeypatch.setenv("TS_METRICS_ADDRESS", "http://127.0.0.1:9")
     assert cli.main(["drain", "m0"]) == 1 and "does not answer" in capsys.readouterr().err
+
+
+def test_of_two_versions_the_one_that_is_named_is_waited_for(metrics, monkeypatch):
+    told, server = metrics
+    monkeypatch.setenv("TS_METRICS_ADDRESS", server.metrics)
+    lines = 'RequestsInFlight{ModelName="m",ModelVersion="1.0",} %s\nRequestsInFlight{ModelVersion="2.0",ModelName="m",} 7.0'
+    told += [lines % 1.0, lines % 0.0, lines % 0.0, lines % 9.0]
+    assert cli.main(["drain", "m/1.0"]) == 0 and told == [lines % 9.0]
+    assert drain.in_flight(server.metrics) == {"m": 16}
+    assert cli.main(["drain", "m", "--seconds", "0.3"]) == 1
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def service():
     settings = Settings.model_validate(CONFIG)
     preprocessing = settings.preprocessing
     classifier = Classifier(small_cnn().float(), preprocessing.normalization, preprocessing.size)
-    return Service(classifier, [], settings, {"name": "small", "version": "1.0"})
+    return Service(classifier, [], settings, {"name": "small", "version": "1.0"}, "0" * 64)
 
 
 def predict(data=PREDICTION, **when):

@@ -4,13 +4,14 @@ import json
 import os
 import re
 import signal
+import time
 
 import httpx
 import pytest
 import yaml
 from conftest import ROOT
 from live import build_small, picture, served
-from watch import alerts, dashboard_queries, declared, metric_names, prometheus, run, tool
+from watch import alerts, composed, dashboard_queries, declared, metric_names, prometheus, run, tool
 
 DEPLOY = ROOT / "deploy"
 
@@ -92,3 +93,40 @@ def test_watching_a_server(tmp_path):
         assert not alerts(watcher)
         os.kill(worker["pid"], signal.SIGKILL)
         watcher.wait('ALERTS{alertname="WorkerRestarted"}', seconds=90)
+
+
+# What load does not move: the machine's, told once a minute, and the fraction of a bucket that one picture's errors share.
+STILL = {"MemoryUsed", "CPUUtilization", "GPUUtilization", "ExplainCompletenessError"}
+
+
+@pytest.mark.live
+def test_the_compose_file_by_hand(tmp_path):
+    """Asked through the proxy with tokens on, the dashboard's values move; a killed worker is found in them."""
+    with composed(tmp_path) as everything:
+        watcher, since, end = everything.watcher, time.time(), time.monotonic() + 300
+        with everything.asked():
+            while still := unmoved(everything, since):
+                assert time.monotonic() < end, still
+                time.sleep(1)
+        assert watcher.query('ExplainRefusals{Status="400"} > 0')
+        killed, since = everything.worker(), time.time()
+        os.kill(killed, signal.SIGKILL)
+        watcher.wait('ALERTS{alertname="WorkerRestarted"}', seconds=180)
+        everything.worker(killed)
+        (restarts,) = (query for query in dashboard_queries(".*", "20s") if "WorkerLoadTime" in query)
+        assert any(max(series) > 0 for series in watcher.values(restarts, since))
+        answer = everything.client.post("/predictions/small", files={"data": picture()})
+        assert answer.status_code == 200
+
+
+def unmoved(everything, since):
+    """Return the dashboard's queries of what the server tells whose values are always the same."""
+    present = set(re.findall(r"^\w+", httpx.get(f"{everything.server.metrics}/metrics").text, re.M))
+    still = []
+    for query in dashboard_queries(".*", "20s"):
+        names = metric_names(query, declared())
+        there = all(any(one.startswith(name) for one in present) for name in names)
+        moving = not names & {*STILL, "WorkerLoadTime", "Requests5XX", "up"}
+        if there and moving and all(len(set(series)) == 1 for series in everything.watcher.values(query, since)):
+            still.append(query)
+    return still

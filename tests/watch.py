@@ -7,12 +7,19 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import httpx
 import yaml
 from conftest import ROOT
+from live import CONTINUOUS, build_small, picture, served
+from proxy import CLIENT, proxied
 
 
 def tool(name):
@@ -69,6 +76,13 @@ class Watcher:
         assert answer["status"] == "success", answer
         return answer["data"]["result"]
 
+    def values(self, query: str, since: float) -> list[list[float]]:
+        """Return each series of a query from a time on, a value a second."""
+        told = {"query": query, "start": since, "end": time.time(), "step": 1}
+        answer = httpx.get(f"{self.address}/api/v1/query_range", params=told, timeout=20).json()
+        assert answer["status"] == "success", answer
+        return [[float(value) for _, value in series["values"]] for series in answer["data"]["result"]]
+
     def wait(self, query: str, seconds: float = 60) -> list[dict]:
         """Wait until a query has a result."""
         end = time.monotonic() + seconds
@@ -84,13 +98,13 @@ def alerts(watcher: Watcher) -> set[str]:
 
 @contextmanager
 def prometheus(program: str, folder: Path, target: str):
-    """Run Prometheus with deploy/prometheus.yml, asking `target` each second instead."""
+    """Run Prometheus as deploy/compose.yaml does, asking `target` each second instead."""
     config = (ROOT / "deploy" / "prometheus.yml").read_text().replace("15s", "1s").replace("torchserve:8082", target)
     (folder / "prometheus.yml").write_text(config)
     (folder / "alerts.yml").write_text((ROOT / "deploy" / "alerts.yml").read_text())
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series"]
+    port = free_port()
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["prometheus"]["command"]
+    options = [option.replace("/etc/prometheus", str(folder)) for option in compose] + [f"--storage.tsdb.path={folder}/series"]
     with (folder / "prometheus.log").open("wb") as log:
         command = [program, *options, f"--web.listen-address=127.0.0.1:{port}"]
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -109,3 +123,61 @@ def prometheus(program: str, folder: Path, target: str):
     finally:
         process.terminate()
         process.wait(20)
+
+
+@dataclass
+class Composed:
+    """Server, proxy and Prometheus, and how clients reach the first through the second."""
+
+    server: Any
+    watcher: Watcher
+    client: httpx.Client
+
+    @contextmanager
+    def asked(self, clients: int = 3):
+        """Let several ask for all sorts, refusals among them, until the context is left."""
+        stop = Event()
+
+        def ask(_number: int) -> None:
+            for method in cycle(("grad_cam", "integrated_gradients", "nonsense", "occlusion", "saliency")):
+                if stop.is_set():
+                    return
+                with suppress(httpx.TransportError):  # while the worker is away
+                    self.client.post("/explanations/small", files={"data": picture()}, data={"method": method})
+                    self.client.post("/predictions/small", files={"data": picture()})
+
+        with ThreadPoolExecutor(clients) as pool:
+            asking = [pool.submit(ask, number) for number in range(clients)]
+            try:
+                yield
+            finally:
+                stop.set()
+            for one in asking:
+                one.result()
+
+    def worker(self, killed: int | None = None) -> int:
+        """Return the worker's process, once it is ready and not the one that was killed."""
+        keys = self.server.authorization("management")
+        while True:
+            (one,) = httpx.get(f"{self.server.management}/models/small", headers=keys).json()[0]["workers"]
+            if one["status"] == "READY" and one["pid"] != killed:
+                return one["pid"]
+            time.sleep(0.2)
+
+
+@contextmanager
+def composed(folder: Path):
+    """Start by hand what deploy/compose.yaml starts in containers, but for Grafana."""
+    build_small(folder, folder, CONTINUOUS)
+    with (
+        served(["small"], folder, folder / "run", TS_DISABLE_TOKEN_AUTHORIZATION="false") as server,
+        proxied(folder, free_port(), server.inference.removeprefix("http://"), server.run / "key_file.json") as proxy,
+        prometheus(tool("prometheus"), folder, server.metrics.removeprefix("http://")) as watcher,
+        httpx.Client(base_url=proxy, verify=False, headers=CLIENT, timeout=40) as client,
+    ):
+        yield Composed(server, watcher, client)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]

@@ -5,7 +5,6 @@ import json
 import logging
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,11 +79,11 @@ def load_classifier(folder: Path, settings: Settings, device: torch.device | str
 
 
 def digest_of(folder: Path) -> str:
-    """Return what tells the contents of unpacked archives apart, whenever they were built."""
+    """Return what tells the contents of unpacked archives apart, whenever they were built: a SHA-256 of their files'."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     relative = ((path, path.relative_to(folder)) for path in files)
     members = [
-        (name.as_posix(), zlib.crc32(path.read_bytes()))
+        (name.as_posix(), hashlib.sha256(path.read_bytes()).hexdigest())
         for path, name in relative
         if name.parts[0] != MANIFEST and "__pycache__" not in name.parts
     ]

@@ -145,7 +145,9 @@ def check(stage: Path) -> None:
     """Load the stage as a worker will; raises ArchiveError with the reason where that fails."""
     try:
         archive = Archive.load(stage)
-        service = Service(archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"})
+        service = Service(
+            archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"}, archive.digest
+        )
         service.warm_up(Engine(archive.classifier, service.limits.pack))
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise ArchiveError(str(error) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""The command torchserve-explain: build archives, serve them, drain a server, try it, ask one, explain a folder."""
+"""The command torchserve-explain: build archives, serve them, drain, try and ask a server, explain folders, compare, replay."""
 
 import argparse
 import sys
@@ -15,6 +15,8 @@ COMMANDS = {
     "demo": "demo",
     "ask": "ask",
     "explain": "gallery.explain",
+    "compare": "gallery.compare",
+    "replay": "replay",
 }
 
 

@@ -40,10 +40,11 @@ class Records:
             write_records(path, kept)
         self._known = {(line["path"], line["map"]): line for line in kept}
 
-    def find(self, path: str, digest: str | None, name: str) -> Record | None:
-        """Return the record of a map of the picture with this content."""
-        record = self._known.get((path, name))
-        return record if record is not None and record["digest"] == digest else None
+    def find(self, sample: GallerySample, digest: str | None, name: str) -> Record | None:
+        """Return the record of a map of the picture with this content and this label."""
+        record = self._known.get((sample.path, name))
+        same = record is not None and (record["digest"], record["label"]) == (digest, sample.label)
+        return record if same else None
 
     def add(self, record: Record) -> None:
         """Keep a record."""
@@ -95,8 +96,8 @@ class Run:
 
     def found(self, samples: Sequence[GallerySample]) -> list[Record]:
         """Return the records of pictures as they now are, in order."""
-        keys = ((sample.path, name) for sample in samples for name in self._question.methods)
-        records = (self._records.find(path, self._digests.get(path), name) for path, name in keys)
+        keys = ((sample, name) for sample in samples for name in self._question.methods)
+        records = (self._records.find(sample, self._digests.get(sample.path), name) for sample, name in keys)
         return [record for record in records if record is not None]
 
     def _due(self, samples: Sequence[GallerySample], pass_by: Callable[[], None]) -> Iterator[Due]:
@@ -115,7 +116,7 @@ class Run:
         try:
             data = (self._data / sample.path).read_bytes()
             digest = self._digests[sample.path] = digest_of(data)
-            names = [name for name in self._question.methods if not self._has(sample.path, digest, name)]
+            names = [name for name in self._question.methods if not self._has(sample, digest, name)]
             if not names:
                 return None
             return Due(sample, digest, read_picture(data, self._archive.settings.preprocessing, self._limits.pixels), names)
@@ -123,8 +124,8 @@ class Run:
             self.skipped[sample.path] = str(reason)
             return None
 
-    def _has(self, path: str, digest: str, name: str) -> bool:
-        record = self._records.find(path, digest, name)
+    def _has(self, sample: GallerySample, digest: str, name: str) -> bool:
+        record = self._records.find(sample, digest, name)
         return record is not None and (record[FAILED] is not None or map_path(self._out, record).exists())
 
     def _explain(self, some: Sequence[Due]) -> None:
@@ -174,6 +175,7 @@ class Run:
         return {
             "path": sample.path,
             "digest": one.due.digest,
+            "crop": list(one.due.picture.crop),
             "map": one.name,
             "settings": self._question.settings[one.name],
             "method": one.job.method.name,
@@ -194,7 +196,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
     command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
     command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
-    command.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
+    command.add_argument("--set", type=pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
     command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
@@ -204,7 +206,7 @@ def main(options: argparse.Namespace) -> int:
     """Explain the folder that the command line names, write the gallery, and say what is in it."""
     out = options.out or ROOT / "run" / "explained" / options.name
     try:
-        _check_out(out, options.data)
+        check_out(out, options.data, RECORDS)
         archive = load_archive(options.name, options.store)
         samples = find_samples(options.data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
@@ -224,14 +226,15 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_out(out: Path, data: Path) -> None:
-    """Raise ArchiveError where pages would be written over what is not theirs."""
+def check_out(out: Path, data: Path, written: str | Path) -> None:
+    """Raise ArchiveError where pages would be written over what is not theirs; `written` is a file that tells theirs."""
     check_apart(data, out)  # else the next run takes maps for pictures
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / written).exists():
         raise ArchiveError(f"--out: {out} holds something else; allowed: a new folder, or one that was written by this command")
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """Read NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: NAME=VALUE, such as max_error=0.01")

@@ -19,7 +19,7 @@ from torchserve_explain.serving.errors import shown
 from torchserve_explain.serving.parameters import Capabilities, Parameters, read_parameters
 
 PREDICTED, LABEL = "predicted", "label"  # the class that is explained
-APART = {"method", "target", "output", "values", "quality"}  # options of their own, or of an answer to a client
+APART = {"method", "target", "output", "values", "quality", "audit"}  # options of their own, or of an answer to a client
 NAMED = 20  # labels that an error names, the nearest ones
 
 

@@ -1,4 +1,4 @@
-"""Waits until models have no request in flight: scaling or unregistering them with one would answer it 500.
+"""Waits until models, or a version of one, have no request in flight: scaling or unregistering them would answer it 500.
 
 New requests are still taken meanwhile, so clients are sent elsewhere first. The exit status is 0 once two looks in a row
 find none in flight, and 1 where the time is over, the server does not answer or does not tell of a name.
@@ -17,13 +17,23 @@ from torchserve_explain.errors import ServerError
 
 METRICS = "http://127.0.0.1:8082"
 PAUSE = 0.2  # seconds between two looks
-GAUGE = re.compile(r'^RequestsInFlight\{(?:[^}]*,)?ModelName="([^"]*)"[^}]*\} (\S+)$', re.MULTILINE)
+GAUGE = re.compile(r"^RequestsInFlight\{(.*)\} (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+def versions_in_flight(metrics: str) -> dict[tuple[str, str], float]:
+    """Return the requests in flight of each model that the handler serves, by name and version; raises httpx.HTTPError."""
+    told = httpx.get(f"{metrics}/metrics", timeout=2).raise_for_status().text
+    found = ((dict(LABEL.findall(labels)), float(count)) for labels, count in GAUGE.findall(told))
+    return {(labels["ModelName"], labels.get("ModelVersion", "")): count for labels, count in found}
 
 
 def in_flight(metrics: str) -> dict[str, float]:
-    """Return the requests in flight of each model that the handler serves, by its name; raises httpx.HTTPError."""
-    told = httpx.get(f"{metrics}/metrics", timeout=2).raise_for_status().text
-    return {name: float(count) for name, count in GAUGE.findall(told)}
+    """Return the requests in flight of each model, all of its versions together; raises httpx.HTTPError."""
+    counts: dict[str, float] = {}
+    for (name, _), count in versions_in_flight(metrics).items():
+        counts[name] = counts.get(name, 0.0) + count
+    return counts
 
 
 def wait_until_idle(count: Callable[[], float], seconds: float) -> float:
@@ -45,16 +55,21 @@ def wait_until_idle(count: Callable[[], float], seconds: float) -> float:
 
 
 def drain(names: list[str], metrics: str, seconds: float) -> None:
-    """Wait until none of the models has a request in flight; raises ServerError where that cannot be told in time."""
+    """Wait until none of the models, NAME or NAME/VERSION, has a request in flight.
+
+    Raises ServerError where that cannot be told in time.
+    """
 
     def count() -> float:
         try:
-            told = in_flight(metrics)
+            told = versions_in_flight(metrics)
         except httpx.HTTPError as error:
             raise ServerError(f"{metrics}/metrics does not answer: {error}") from None
-        if missing := [name for name in names if name not in told]:
-            raise ServerError(f"{metrics}/metrics tells nothing of {', '.join(missing)}; known: {', '.join(told) or 'none'}")
-        return sum(told[name] for name in names)
+        each = {name: [count for known, count in told.items() if name in (known[0], "/".join(known))] for name in names}
+        if missing := [name for name in names if not each[name]]:
+            known = ", ".join("/".join(filter(None, pair)) for pair in told)
+            raise ServerError(f"{metrics}/metrics tells nothing of {', '.join(missing)}; known: {known or 'none'}")
+        return sum(map(sum, each.values()))
 
     if left := wait_until_idle(count, seconds):
         raise ServerError(f"{left:g} requests of {', '.join(names)} are still in flight after {seconds:g} s")
@@ -62,7 +77,7 @@ def drain(names: list[str], metrics: str, seconds: float) -> None:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add what is waited for to a command line."""
-    command.add_argument("names", nargs="+", metavar="NAME", help="models as they are registered")
+    command.add_argument("names", nargs="+", metavar="NAME", help="models as they are registered; NAME/VERSION: one version")
     command.add_argument("--seconds", type=float, default=100, help="seconds to wait for the last request (default: 100)")
 
 

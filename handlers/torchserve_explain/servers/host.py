@@ -49,7 +49,8 @@ class Host:
         archive = Archive.load(path, device)
         # The places of a continuous batch are TorchServe's; here any number of requests may be in flight.
         settings = archive.settings.model_copy(update={"continuousBatching": False})
-        host = cls(Service(archive.classifier, archive.labels, settings, {"name": name, "version": archive.version}))
+        model = {"name": name, "version": archive.version}
+        host = cls(Service(archive.classifier, archive.labels, settings, model, archive.digest))
         host.version = archive.version
         host.warm_up()
         log.info("%s %s on %s: %d classes", name, archive.version, device, archive.classifier.classes)

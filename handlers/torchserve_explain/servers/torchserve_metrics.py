@@ -19,8 +19,8 @@ METRICS = (
     ("ExplainEvaluations", MetricTypes.COUNTER, "Count", "Method"),
     ("ExplainRefusals", MetricTypes.COUNTER, "Count", "Status"),
     ("RequestSeconds", MetricTypes.HISTOGRAM, "s", "Kind"),
-    ("RequestsInFlight", MetricTypes.GAUGE, "Count", None),
-    ("WorkerMemory", MetricTypes.GAUGE, "MB", None),
+    ("RequestsInFlight", MetricTypes.GAUGE, "Count", "ModelVersion"),
+    ("WorkerMemory", MetricTypes.GAUGE, "MB", "ModelVersion"),
     ("EnginePasses", MetricTypes.COUNTER, "Count", None),
     ("EngineRows", MetricTypes.COUNTER, "Count", None),
     ("StageSeconds", MetricTypes.COUNTER, "s", "Stage"),
@@ -40,6 +40,8 @@ class Metrics:
 
     def __init__(self, context: Any, engine: Engine, service: Service) -> None:
         self._model, self._engine, self._service = context.model_name, engine, service
+        # Counters of two versions of a model add up; gauges would overwrite each other.
+        self._version = str(context.manifest["model"].get("modelVersion", "1.0"))
         self._metrics = {
             name: context.metrics.cache.get(kind, {}).get(name)
             or context.metrics.add_metric_to_cache(name, unit, ["ModelName", *([dimension] if dimension else [])], kind)
@@ -47,6 +49,7 @@ class Metrics:
         }
         self._told_at = 0.0
         self._told: dict[tuple[str, str | None], float] = {}  # totals that have been added so far
+        self._in_flight: int | None = None  # as told last
         self.after_call(0)  # what a worker that was killed held is held no longer
 
     def answered(self, answer: Answer) -> None:
@@ -60,16 +63,20 @@ class Metrics:
             if (error := explanation.explained.value.completeness_error) is not None:
                 self._add("ExplainCompletenessError", error, explanation.method)
 
+    def tell_in_flight(self, count: int) -> None:
+        """Tell how many requests are in flight where that has changed; who waits for none looks at nothing else."""
+        if self._in_flight != count:
+            self._in_flight = count
+            self._add("RequestsInFlight", count, self._version)
+
     def after_call(self, in_flight: int) -> None:
         """Tell how many requests are still in flight, and once a second or when idle what has grown since."""
-        if self._told.get(("RequestsInFlight", None)) != in_flight:
-            self._told["RequestsInFlight", None] = in_flight
-            self._add("RequestsInFlight", in_flight)
+        self.tell_in_flight(in_flight)
         now = time.monotonic()
         if in_flight and now < self._told_at + TELLING:
             return  # each costs a line of the worker's log
         self._told_at = now
-        self._add("WorkerMemory", worker_memory())
+        self._add("WorkerMemory", worker_memory(), self._version)
         totals: list[tuple[str, str | None, float]] = [
             ("EnginePasses", None, self._engine.passes),
             ("EngineRows", None, self._engine.rows),

@@ -151,6 +151,7 @@ class ExplainedImage(AnswerPart):
     predicted: ScoredClass
     image: SeenImage
     explanations: list[ExplainedMap] = Field(min_length=1)
+    audit: dict[str, Any] | None = Field(None, description="with audit=true: what made the maps, for replay")
 
     def _repr_html_(self) -> str:
         maps = "".join(one._repr_html_() for one in self.explanations)

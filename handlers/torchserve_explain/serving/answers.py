@@ -51,6 +51,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     kind: str = "refused"  # or prediction, explanation, page
     explanations: Sequence["Explanation"] = ()
+    audited: Sequence[Mapping[str, Any]] = ()  # audit records for the log
     seconds: float = 0.0  # since the request came
 
 
@@ -163,16 +164,18 @@ class Report:
     top: Sequence[Class]
     picture: Picture
     explanations: Sequence[Explanation]
+    audit: Mapping[str, Any] | None = None  # where it was asked for
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's JSON answer."""
         picture = self.picture
-        return {
+        told: dict[str, Any] = {
             "model": self.model,
             "predicted": self.predicted.as_json(),
             "image": {"width": picture.width, "height": picture.height, "crop": picture.crop},
             "explanations": [explanation.as_json() for explanation in self.explanations],
         }
+        return told if self.audit is None else told | {"audit": self.audit}
 
 
 def as_json(report: Report) -> Answer:

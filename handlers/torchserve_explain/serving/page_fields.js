@@ -4,7 +4,7 @@ const find = (selector, inside = document) => inside.querySelector(selector);
 const report = JSON.parse(find("#report").textContent);
 const form = find("#form");
 const LISTED = 5000; // suggestions that a browser still lists quickly
-const OWN = new Set(["method", "output", "values"]); // the page chooses these itself
+const OWN = new Set(["method", "output", "values", "audit"]); // the page chooses these itself
 
 const words = (name) => name.replaceAll("_", " ");
 const sentence = (text) => text[0].toUpperCase() + text.slice(1);

@@ -72,6 +72,7 @@ class Parameters(BaseModel):
         json_schema_extra={"enum": list(OUTPUTS)},
     )
     values: bool = Field(False, description="true or false")
+    audit: bool = Field(False, description="true or false")
     baseline: Baseline | None = Field(None, description=_one_of(Baseline))
     max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")
     steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")

@@ -20,6 +20,7 @@ from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
 from torchserve_explain.attribution.rows import Evaluation, Known, Rows, Score
 from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite, RequestError
+from torchserve_explain.serving import audit
 from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Report, json_answer
 from torchserve_explain.serving.errors import bad_request, from_engine, over_limit, shown
 from torchserve_explain.serving.images import Picture, read_picture
@@ -60,7 +61,9 @@ class Seen:
 class Service:
     """Answers requests for one classifier; raises ArchiveError where labels or settings do not fit it."""
 
-    def __init__(self, classifier: Classifier, labels: Sequence[str], settings: Settings, model: Mapping[str, str]) -> None:
+    def __init__(
+        self, classifier: Classifier, labels: Sequence[str], settings: Settings, model: Mapping[str, str], digest: str
+    ) -> None:
         if labels and len(labels) != classifier.classes:
             raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
         self.limits = settings.explanations.limits
@@ -69,6 +72,8 @@ class Service:
         self._preprocessing = settings.preprocessing
         self._planner = Planner(classifier, self._labels, settings.explanations)
         self._model = dict(model)
+        self._auditor = audit.Auditor(digest, model, classifier.device)
+        self._logs_audit = settings.explanations.audit == "log"
         self._places = settings.explanation_places
         self._explaining = 0  # requests
         self.stage_seconds = {"decode": 0.0, "draw": 0.0}  # spent so far
@@ -98,6 +103,8 @@ class Service:
                     f"the answer has {len(answer.body)} bytes; allowed: at most {self.limits.answer_bytes}: "
                     "ask for fewer methods, targets or values"
                 )
+            for record in answer.audited:
+                audit.write(record)
         except Exception as error:
             answer = error_answer(error)
         return replace(answer, seconds=time.monotonic() - raw.arrived)
@@ -110,12 +117,12 @@ class Service:
             predictions = yield from self._each(request, [self._predict(request, one) for one in request.instances])
             return replace(self._worded(request, predictions), kind="prediction")
         with self._place():
-            return (yield from self._explanations(request, raw.arrived))
+            return (yield from self._explanations(request, raw))
 
-    def _explanations(self, request: Request, arrived: float) -> Computation[Answer]:
+    def _explanations(self, request: Request, raw: RawRequest) -> Computation[Answer]:
         items = self._planner.items(request)
-        reports = yield from self._each(request, [self._explain(item, arrived) for item in items])
-        return (yield from self._timed("draw", self._told, request, items, reports))
+        reports = yield from self._each(request, [self._explain(item, raw.arrived) for item in items])
+        return (yield from self._timed("draw", self._told, request, raw.id, items, reports))
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -242,14 +249,29 @@ class Service:
             return json_answer(report)
         return try_it_page(report, keyed="authorization" in map(str.lower, headers))
 
-    def _told(self, request: Request, items: Sequence[Item], reports: Sequence[Report]) -> Answer:
-        """Draw the explanations and word them as the request's protocol and output ask."""
+    def _told(self, request: Request, name: str, items: Sequence[Item], reports: Sequence[Report]) -> Answer:
+        """Draw the explanations of the request with this name, and word them as its protocol and output ask."""
+        reports, audited = self._audited(name, items, reports)
         if request.protocol is Protocol.PLAIN:
             answer = RENDERERS[items[0].parameters.output](reports[0])
         else:
             answer = self._worded(request, [report.as_json() for report in reports])
         explanations = [one for report in reports for one in report.explanations]
-        return replace(answer, kind="explanation", explanations=explanations)
+        return replace(answer, kind="explanation", explanations=explanations, audited=audited)
+
+    def _audited(
+        self, name: str, items: Sequence[Item], reports: Sequence[Report]
+    ) -> tuple[list[Report], list[dict[str, Any]]]:
+        """Return the reports with their audit records where those are asked for, and the records that go to the log."""
+        told: list[Report] = []
+        logged: list[dict[str, Any]] = []
+        for item, report in zip(items, reports, strict=True):
+            if item.parameters.audit or self._logs_audit:
+                record = self._auditor.record(item.image, report, name)
+                report = replace(report, audit=record) if item.parameters.audit else report
+                logged += [record] if self._logs_audit else []
+            told.append(report)
+        return told, logged
 
     def _worded(self, request: Request, values: Sequence[Mapping[str, Any]]) -> Answer:
         """Word JSON values as the request's protocol does."""

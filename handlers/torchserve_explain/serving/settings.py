@@ -75,9 +75,10 @@ class Explanations(Section):
     """The archive's own defaults of a client's parameters, its limits, and the arithmetic of rows without a gradient.
 
     In bfloat16 those rows take half the time where the processor has it, and maps move a little; elsewhere, and for
-    predictions and gradients, it stays float32.
+    predictions and gradients, it stays float32. With `audit: log` each explanation's audit record goes to the log.
     """
 
+    audit: Literal["log"] | None = None
     arithmetic: Literal["float32", "bfloat16"] = "float32"
     defaults: dict[str, Any] = {}
     limits: Limits = Limits()
