@@ -15,6 +15,7 @@ from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.methods import METHODS, Smoothing
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES
+from torchserve_explain.attribution.rows import Contrast, Score
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.parameters import LONGEST_LIST, LONGEST_TEXT, Capabilities, Labels, Parameters, read_parameters
@@ -77,6 +78,8 @@ def another(name):
         return ["deletion", "infidelity"]
     if name in LISTS:
         return ["one", "two"]
+    if name == "versus":
+        return "rest"
     return True if name == "values" else (7 if name in WHOLE else 0.125)
 
 
@@ -101,7 +104,7 @@ def checked(error):
 
 def test_every_parameter_is_a_number_a_choice_a_list_or_a_truth():
     """So that the tests below leave none out."""
-    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "quality"}
+    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "quality", "versus"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -433,6 +436,16 @@ def test_an_unknown_method_is_refused_with_those_that_serve(flat_classifier, nam
     assert re.match(r"method: '.*('|\.\.\.) is unknown", message) and message.endswith(f"allowed: {allowed}, all")
 
 
+def test_a_rule_for_one_class_has_none_for_all_of_them(classifier):
+    capabilities, joins = Capabilities(classifier), {name for name in METHODS if METHODS[name].explains_probability}
+    assert joins and joins == set(capabilities.choose(["all"], Score.PROBABILITY)) == set(
+        capabilities.choose(["all"], rest=True)
+    )
+    for options, parameter in (({"score": Score.PROBABILITY}, "score"), ({"rest": True}, "versus")):
+        with pytest.raises(RequestError, match=f"^{parameter}: lrp has no rule for .*; allowed: "):
+            capabilities.choose(["grad_cam", "lrp"], **options)
+
+
 # Labels
 
 LABELS = Labels(["tabby", "red fox, Vulpes vulpes", "crane", "crane", "maillot", "7"])
@@ -494,6 +507,24 @@ def test_a_class_of_a_shared_label_can_be_chosen_by_its_index():
 
 def test_a_label_with_a_comma_inside_a_comma_list_is_refused():
     assert "'red fox'" in target_refusal("tabby,red fox, Vulpes vulpes")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("tabby", 0), (4, 4), ("4", 4), ("red fox, Vulpes vulpes", 1), ("rest", "rest"), ("runner_up", "runner_up")],
+)
+def test_versus_is_a_class_or_what_stands_for_one(value, expected):
+    found = LABELS.versus(read_parameters({"versus": value}).versus, [None, 2])
+    assert found == expected and isinstance(found, Contrast) == (value in ("rest", "runner_up"))
+
+
+@pytest.mark.parametrize("value", ["Rest", "tabby,4", "crane", 6, "6", "", "2", 2])
+def test_versus_that_is_no_class_or_the_target_is_refused_with_what_is_allowed(value):
+    with pytest.raises(RequestError) as caught:
+        LABELS.versus(read_parameters({"versus": value}).versus, [2])
+    checked(caught.value)
+    told = str(caught.value)
+    assert told.startswith("versus: ") and ("2, 3" in told if value == "crane" else told.endswith("runner_up or rest"))
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,7 +16,8 @@ from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
-from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score, Versus
+from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
 from torchserve_explain.errors import Unsupported
 
@@ -112,12 +113,14 @@ class Classifier:
         activations: Sequence[str] = (),
         rule: BackwardRule | None = None,
         precise: bool = False,
+        versus: Sequence[Versus | None] = (),
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
-        A target None is the predicted class; `precise` rows are never evaluated in low precision. Without `each` the
-        gradients to the input are known as weighted sums only. With layers alone the backward pass goes no further than
-        the first of them; `activations` are layers whose output alone is wanted.
+        A target None is the predicted class; `versus` is what each row's score is compared with, if anything. `precise`
+        rows are never evaluated in low precision. Without `each` the gradients to the input are known as weighted sums
+        only. With layers alone the backward pass goes no further than the first of them; `activations` are layers whose
+        output alone is wanted.
         """
         model = self._model if rule is None else self._changed(rule)
         if not precise and self._narrow is not None and rule is None and not gradient:
@@ -130,8 +133,8 @@ class Classifier:
             _captured(model, {*layers, *activations}) as outputs,
         ):
             logits = model(x.clone())  # a clone, should the model work in place
-            selected = _select(logits, targets, scores)
-        early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
+            explained = selected(logits, targets, scores, versus)
+        early, *to_layers = _gradients(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
             found = Gradients(None, early, stem.pull)
@@ -140,7 +143,7 @@ class Classifier:
             found = Gradients(to_input, to_input, lambda gradient: gradient)
         return Evaluation(
             logits.detach(),
-            selected.detach(),
+            explained.detach(),
             found,
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
             {name: self._grid(name, outputs[name]) for name in activations},
@@ -248,18 +251,6 @@ def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     """Whether logits agree within a fraction of the largest, or both are not finite."""
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-def _select(logits: Tensor, targets: Sequence[int | None], scores: Sequence[Score]) -> Tensor:
-    """Return each row's score of its target [n]."""
-    predicted = logits.detach().argmax(1).tolist() if None in targets else []
-    chosen_classes = [predicted[row] if target is None else target for row, target in enumerate(targets)]
-    index = torch.tensor(chosen_classes, device=logits.device)[:, None]
-    chosen = logits.gather(1, index)[:, 0]
-    if Score.PROBABILITY not in scores:
-        return chosen
-    as_probability = torch.tensor([s is Score.PROBABILITY for s in scores], device=logits.device)
-    return torch.where(as_probability, logits.softmax(1).gather(1, index)[:, 0], chosen)
 
 
 def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:

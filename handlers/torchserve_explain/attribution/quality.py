@@ -155,7 +155,10 @@ class Infidelity(Quality):
 
 @dataclass(frozen=True)
 class _Curve(Quality):
-    """The probability of the target while pixels change from one image to another, those the map names first first."""
+    """The probability of the target while pixels change from one image to another, those the map names first first.
+
+    Of a difference it is the probability of the target rather than of what it is compared with, sigma(difference of logits).
+    """
 
     steps: int = 50
 
@@ -167,14 +170,16 @@ class _Curve(Quality):
         raise NotImplementedError
 
     def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
-        case, probabilities = replace(job.case, score=Score.PROBABILITY), list[float]()
+        compared, scores = job.case.versus is not None, list[float]()
+        case = replace(job.case, score=Score.LOGIT if compared else Score.PROBABILITY)
         first, last = self.between(case)
         rank = self.rank(case, attribution)
 
         def changed(step: int) -> Tensor:
             return torch.where(rank < step * rank.numel() / self.steps, last, first)
 
-        yield [case.rows(self.steps + 1, stacked(changed), scores_into(probabilities), gradient=False)]
+        yield [case.rows(self.steps + 1, stacked(changed), scores_into(scores), gradient=False)]
+        probabilities = torch.tensor(scores).sigmoid().tolist() if compared else scores
         return QualityScore(float(np.trapezoid(probabilities) / self.steps), tuple(probabilities))
 
     def rank(self, case: Case, attribution: Attribution) -> Tensor:

@@ -168,4 +168,5 @@ def evaluated(classifier: Classifier, slices: Sequence[Slice], inputs: Tensor) -
         activations=sorted({layer for rows in wanted for layer in rows.activations}),
         rule=wanted[0].rule,
         precise=any(rows.precise for rows in wanted),
+        versus=[rows.versus for rows in wanted],
     )

@@ -56,9 +56,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Class:
-    """A class and what the model says of it for this image."""
+    """A class and what the model says of it for this image; all but one together have no index."""
 
-    index: int
+    index: int | None
     label: str
     probability: float
 
@@ -77,6 +77,12 @@ class Explanation:
     parameters: Parameters
     picture: Picture
     measured: dict[str, tuple[Quality, Outcome[QualityScore]]] = field(default_factory=dict)
+    versus: Class | None = None
+
+    @property
+    def question(self) -> str:
+        """What is explained: a class, or one rather than another."""
+        return self.target.label if self.versus is None else f"{self.target.label} rather than {self.versus.label}"
 
     @property
     def method(self) -> str:
@@ -104,7 +110,7 @@ class Explanation:
             own["layer"] = self.job.case.classifier.grid_layer(str(own["layer"]))
         if (smoothing := self.job.smoothing) is not None:
             own |= {"smoothing": smoothing.kind, "samples": smoothing.samples, "stdev": smoothing.stdev}
-        own |= {"score": self.job.case.score, "seed": self.job.case.seed}
+        own |= {"score": self.job.case.score, "versus": self.job.case.versus, "seed": self.job.case.seed}
         return {key: value for key, value in own.items() if value is not None}
 
     def as_json(self) -> dict[str, Any]:
@@ -129,6 +135,8 @@ class Explanation:
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
+        if self.versus is not None:
+            told["versus"] = self.versus.as_json()
         if self.measured:
             told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
         if self.parameters.values:
@@ -228,7 +236,7 @@ def html_answer(html: str) -> Answer:
 
 def describe(explanation: Explanation) -> str:
     """Say in a few words what was explained, and with what error."""
-    told = f"{explanation.target.label}, {explanation.target.probability:.1%}"
+    told = f"{explanation.question}, {explanation.target.probability:.1%}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
     error = explanation.explained.value.completeness_error

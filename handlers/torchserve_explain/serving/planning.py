@@ -9,6 +9,7 @@ import torch
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.method import OwnRow
+from torchserve_explain.attribution.rows import Contrast, Versus
 from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.capabilities import capability_report
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
@@ -19,7 +20,7 @@ from torchserve_explain.serving.settings import Explanations
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be explained of one image: every method for every target (None: the predicted class).
+    """What is to be explained of one image: every method for every target (None: the predicted class), alone or `versus`.
 
     `budget` is how many rows a method may take that decides for itself.
     """
@@ -29,6 +30,7 @@ class Item:
     methods: Sequence[Method]
     targets: Sequence[int | None]
     smoothing: Smoothing | None
+    versus: Versus | None = None
     budget: int = 0
 
     @property
@@ -68,8 +70,8 @@ class Planner:
         self._defaults, self._limits = settings.defaults, settings.limits
         # Defaults that no request could use are told when the archive loads, not to clients.
         parameters = read_parameters(self._defaults)
-        self._methods(parameters, self.capabilities.choose(parameters.method, parameters.score))
-        labels.targets(parameters.target if parameters.target is not None else 0)
+        names, _, _ = self._asked(parameters)
+        self._methods(parameters, names)
         self._check_timeout(parameters)
 
     def report(self, model: Mapping[str, str]) -> dict[str, Any]:
@@ -93,8 +95,7 @@ class Planner:
         if request.protocol is not Protocol.PLAIN and parameters.output != "json":
             raise bad_request(f"output: {shown(parameters.output)} is not for the KServe protocols; allowed: json")
         self._check_timeout(parameters)
-        names = self.capabilities.choose(parameters.method, parameters.score)
-        targets = [None] if parameters.target is None else self._labels.targets(parameters.target)
+        names, targets, versus = self._asked(parameters)
         for what, asked, allowed in (
             ("methods", len(names), self._limits.methods),
             ("targets", len(targets), self._limits.targets),
@@ -102,7 +103,15 @@ class Planner:
         ):
             if asked > allowed:
                 raise over_limit(f"{asked} {what} asked for; allowed: at most {allowed}")
-        return Item(instance.image, parameters, self._methods(parameters, names), targets, parameters.smoother())
+        return Item(instance.image, parameters, self._methods(parameters, names), targets, parameters.smoother(), versus)
+
+    def _asked(self, parameters: Parameters) -> tuple[list[str], list[int | None], Versus | None]:
+        """Return the methods, the targets, and what they are compared with; raises RequestError 400."""
+        targets: list[int | None] = [None]
+        if parameters.target is not None:
+            targets = [*self._labels.targets(parameters.target)]
+        versus = None if parameters.versus is None else self._labels.versus(parameters.versus, targets)
+        return self.capabilities.choose(parameters.method, parameters.score, versus is Contrast.REST), targets, versus
 
     def _check_timeout(self, parameters: Parameters) -> None:
         if parameters.timeout is not None and parameters.timeout > self._limits.seconds:

@@ -18,7 +18,8 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
-from torchserve_explain.attribution.rows import Evaluation, Known, Rows, Score
+from torchserve_explain.attribution.rows import Contrast, Evaluation, Known, Rows, Score, Versus
+from torchserve_explain.attribution.scores import resolved, score_of
 from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite, RequestError
 from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Report, json_answer
 from torchserve_explain.serving.errors import bad_request, from_engine, over_limit, shown
@@ -175,9 +176,11 @@ class Service:
 
     def _explained(self, item: Item, deadline: float) -> Computation[Report]:
         target, wanted = item.targets[0], own_row(item, self._classifier)
-        seen = yield from self._look(item.image, target, item.parameters.score, **wanted)
+        seen = yield from self._look(item.image, target, item.parameters.score, versus=item.versus, **wanted)
         predicted = int(seen.logits.argmax())
         targets = [predicted if target is None else target for target in item.targets]
+        if item.versus in targets:  # known only now where the predicted class is explained
+            raise self._labels.no_contrast(predicted)
         jobs = [Job(method, self._case(item, seen, target), item.smoothing) for method in item.methods for target in targets]
         now = time.monotonic()
         patience = now + QUALITY_SHARE * (deadline - now)
@@ -194,10 +197,17 @@ class Service:
         works = [Measurement(quality, job, explained.value) for quality in qualities.values()]
         outcomes = yield from side_by_side(works, quality_deadline)
         measured = {name: (qualities[name], outcome) for name, outcome in zip(qualities, outcomes, strict=True)}
-        return Explanation(job, explained, self._class(seen, job.case.target), item.parameters, seen.picture, measured)
+        target, versus = self._class(seen, job.case.target), self._versus(seen, job.case)
+        return Explanation(job, explained, target, item.parameters, seen.picture, measured, versus)
 
     def _look(
-        self, image: bytes, target: int | None = None, score: Score = Score.LOGIT, gradient: bool = False, **wanted: Any
+        self,
+        image: bytes,
+        target: int | None = None,
+        score: Score = Score.LOGIT,
+        gradient: bool = False,
+        versus: Versus | None = None,
+        **wanted: Any,
     ) -> Computation[Seen]:
         """Decode an image and let the model see it; raises NotFinite where the model has no answer.
 
@@ -209,25 +219,32 @@ class Service:
 
         def look() -> Computation[None]:
             keep: Callable[[int, Evaluation], None] = lambda _start, evaluation: found.append(evaluation)  # noqa: E731
-            yield [Rows(1, lambda *_: placed[None], keep, target, score, gradient, precise=True, **wanted)]
+            yield [Rows(1, lambda *_: placed[None], keep, target, score, gradient, precise=True, versus=versus, **wanted)]
 
         (result,) = yield from results([Piece(look())])
         logits = found[0].logits[0].cpu()
         if not logits.isfinite().all():
             raise NotFinite("the model's logits are not finite numbers for this image")
-        known = Known(found[0], placed, int(logits.argmax()) if target is None else target, score, result.seconds)
+        target = int(logits.argmax()) if target is None else target
+        known = Known(found[0], placed, target, score, result.seconds, resolved(versus, logits, target))
         return Seen(picture, known, logits, logits.softmax(0))
 
     def _case(self, item: Item, seen: Seen, target: int) -> Case:
-        parameters = item.parameters
-        scores = seen.logits if parameters.score is Score.LOGIT else seen.probabilities
+        score, seed, versus = item.parameters.score, item.parameters.seed, resolved(item.versus, seen.logits, target)
         return Case(
-            self._classifier, seen.known.input, target, parameters.score, float(scores[target]), parameters.seed,
-            budget=item.budget, known=seen.known,
+            self._classifier, seen.known.input, target, score, score_of(seen.logits, target, score, versus), seed,
+            budget=item.budget, known=seen.known, versus=versus,
         )  # fmt: skip
 
     def _class(self, seen: Seen, index: int) -> Class:
         return Class(index, self._labels.names[index], float(seen.probabilities[index]))
+
+    def _versus(self, seen: Seen, case: Case) -> Class | None:
+        """Return what a case's target is compared with, all others as one class without an index."""
+        if isinstance(case.versus, int):
+            return self._class(seen, case.versus)
+        rest = 1 - float(seen.probabilities[case.target])
+        return Class(None, "the rest", rest) if case.versus is Contrast.REST else None
 
     def _opened(self, request: Request, headers: Mapping[str, Any]) -> Answer:
         """Answer who sent nothing: a program with what may be asked for, a person with the page that asks."""
