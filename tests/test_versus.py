@@ -49,7 +49,9 @@ class WithDifference(SmallCnn):
 def case_of(classifier, image, versus, score=Score.LOGIT, target=TARGET, **options):
     logits = classifier.logits(image[None])[0]
     versus = resolved(versus, logits, target)
-    return Case(classifier, image, target, score, score_of(logits, target, score, versus), versus=versus, **options)
+    return Case(
+        classifier, image, target, score, score_of(classifier.head, logits, target, score, versus), versus=versus, **options
+    )
 
 
 def explained(*jobs, pack=16):
@@ -70,7 +72,7 @@ def test_the_score_is_the_difference(classifier, image, score, versus):
     found = classifier.evaluate(torch.stack([image, image]), [TARGET, 0], [score, Score.LOGIT], versus=[versus, None]).scores
     torch.testing.assert_close(found, torch.stack([expected[0], logits[0, 0]]))
     assert resolved(Contrast.RUNNER_UP, logits[0], TARGET) == best
-    assert score_of(logits[0], TARGET, score, versus) == pytest.approx(float(expected))
+    assert score_of(classifier.head, logits[0], TARGET, score, versus) == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("name", METHODS)

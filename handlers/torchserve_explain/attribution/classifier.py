@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
+from torchserve_explain.attribution.heads import Head, fit_head
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score, Versus
@@ -51,8 +52,8 @@ class Classifier:
 
     The module is copied, put into evaluation mode, frozen, its batch norms and paddings folded (exact up to rounding) and
     laid out channels-last. With `narrow` arithmetic, such as bfloat16, rows that want no gradient at the image are
-    evaluated in it; predictions never are. Raises ValueError where its output is not [n, classes] with at least two
-    classes.
+    evaluated in it; predictions never are. What its outputs mean is its `head`, found where it is None and `labels` (their
+    number) do not contradict. Raises ValueError where the output is not [n, classes], or is no head's.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Classifier:
         size: tuple[int, int],
         device: torch.device | str = "cpu",
         narrow: torch.dtype | None = None,
+        head: Head | None = None,
+        labels: int = 0,
     ) -> None:
         self.device = torch.device(device)
         self.normalization = normalization
@@ -69,7 +72,8 @@ class Classifier:
         self._model.to(self.device).to(memory_format=torch.channels_last)
         self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
-        self.classes = self._count_classes()
+        self.head = fit_head(self._model, self.example, head, labels)
+        self.classes = self.logits(self.example).shape[1]
         self._check_rows()
         self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
@@ -133,7 +137,7 @@ class Classifier:
             _captured(model, {*layers, *activations}) as outputs,
         ):
             logits = model(x.clone())  # a clone, should the model work in place
-            explained = selected(logits, targets, scores, versus)
+            explained = selected(self.head, logits, targets, scores, versus)
         early, *to_layers = _gradients(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
@@ -202,13 +206,6 @@ class Classifier:
             raise ValueError("the model answers the same image differently each time: is a dropout always on?")
         if not _alike(first, beside):
             raise ValueError("the model's answer to an image depends on the other images of its pass")
-
-    def _count_classes(self) -> int:
-        output = self.logits(self.example)
-        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")
-        return output.shape[1]
 
 
 def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:

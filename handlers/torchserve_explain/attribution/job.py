@@ -37,7 +37,8 @@ class Job:
     def compute(self) -> Computation[Attribution]:
         """Ask for the job's rows and return its map; raises Unsupported, NotFinite."""
         if self.case.score is Score.PROBABILITY and not self.method.explains_probability:
-            raise Unsupported(f"{type(self.method).__name__} has no rule for the softmax; allowed: score=logit")
+            head = self.case.classifier.head
+            raise Unsupported(f"{type(self.method).__name__} has no rule for the {head}; allowed: score=logit")
         if self.case.versus is Contrast.REST and not self.method.explains_probability:
             raise Unsupported(f"{type(self.method).__name__} has no rule for a log-sum-exp; allowed: versus a class")
         attribution = yield from self._attribute()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.computation import Computation, together
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Draw, scores_into, stacked
 from torchserve_explain.attribution.rows import Score
-from torchserve_explain.errors import NotFinite
+from torchserve_explain.errors import NotFinite, Unsupported
 
 QUALITIES: dict[str, type["Quality"]] = {}
 
@@ -170,6 +171,8 @@ class _Curve(Quality):
         raise NotImplementedError
 
     def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
+        if job.case.classifier.head is Head.NONE:
+            raise Unsupported("a quantity has no probability that a curve could follow")
         compared, scores = job.case.versus is not None, list[float]()
         case = replace(job.case, score=Score.LOGIT if compared else Score.PROBABILITY)
         first, last = self.between(case)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Score(StrEnum):
-    """What is explained: the target's logit, or its softmax probability."""
+    """What is explained: the target's logit, or the probability that the classifier's head makes of it."""
 
     LOGIT = "logit"
     PROBABILITY = "probability"

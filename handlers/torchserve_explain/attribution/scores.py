@@ -6,25 +6,30 @@ from math import inf
 import torch
 from torch import Tensor
 
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.rows import Contrast, Score, Versus
 
 
 def selected(
-    logits: Tensor, targets: Sequence[int | None], scores: Sequence[Score], versus: Sequence[Versus | None] = ()
+    head: Head,
+    logits: Tensor,
+    targets: Sequence[int | None],
+    scores: Sequence[Score],
+    versus: Sequence[Versus | None] = (),
 ) -> Tensor:
     """Return each row's score [n] of its target, less that of what it is compared with; target None is the predicted class."""
     index, values = _targets(logits, targets)[:, None], logits
     if Score.PROBABILITY in scores:
-        values = torch.where(_are(Score.PROBABILITY, scores, logits)[:, None], logits.softmax(1), logits)
+        values = torch.where(_are(Score.PROBABILITY, scores, logits)[:, None], head.probabilities(logits), logits)
     chosen = values.gather(1, index)[:, 0]
     if all(one is None for one in versus):
         return chosen
     return chosen - _compared(logits, values, index, scores, versus)
 
 
-def score_of(logits: Tensor, target: int, score: Score, versus: Versus | None = None) -> float:
+def score_of(head: Head, logits: Tensor, target: int, score: Score, versus: Versus | None = None) -> float:
     """Return the score of one row's logits [classes]."""
-    return float(selected(logits[None], [target], [score], [versus])[0])
+    return float(selected(head, logits[None], [target], [score], [versus])[0])
 
 
 def resolved(versus: Versus | None, logits: Tensor, target: int) -> Versus | None:

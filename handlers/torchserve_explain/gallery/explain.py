@@ -168,7 +168,8 @@ class Run:
 
     def _facts(self, one: Planned) -> Record:
         """Return what a record tells whatever came of the map."""
-        probabilities, predicted, sample = one.logits.softmax(0), int(one.logits.argmax()), one.due.sample
+        probabilities = self._archive.classifier.head.probabilities(one.logits)
+        predicted, sample = int(one.logits.argmax()), one.due.sample
         own, labels, case = self._archive.classes(sample.label), self._archive.labels, one.job.case
         return {
             "path": sample.path,

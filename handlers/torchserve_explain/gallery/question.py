@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from torchserve_explain.archive import Archive
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case, Method
 from torchserve_explain.attribution.rows import Contrast, Versus
@@ -96,7 +97,7 @@ class Question:
     def job(self, name: str, image: Tensor, target: int, versus: Versus | None, logits: Tensor) -> Job:
         """Return the job of a map of an image [C, H, W] with logits [classes]."""
         classifier, asked = self.archive.classifier, self.parameters
-        score = score_of(logits, target, asked.score, versus)
+        score = score_of(classifier.head, logits, target, asked.score, versus)
         budget = self.archive.settings.explanations.limits.path_evaluations
         placed = image.to(classifier.device, classifier.dtype)
         case = Case(classifier, placed, target, asked.score, score, asked.seed, budget=budget, versus=versus)
@@ -111,6 +112,8 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
     allowed = [name for name in Parameters.model_fields if name not in APART]
     if unknown := [name for name in given if name not in allowed]:
         raise ArchiveError(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
+    if archive.classifier.head is Head.NONE:
+        raise ArchiveError("the archive answers quantities; allowed: a classifier, by whose classes a gallery is sorted")
     parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
     chosen: dict[str, Method] = {}
     rest = versus == Contrast.REST

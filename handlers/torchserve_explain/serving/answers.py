@@ -56,15 +56,27 @@ class Answer:
 
 @dataclass(frozen=True)
 class Class:
-    """A class and what the model says of it for this image; all but one together have no index."""
+    """A class and what the model says of it for this image: its probability, or the value of a quantity.
+
+    All classes but one together have no index, and a probability only where all of them have one.
+    """
 
     index: int | None
     label: str
-    probability: float
+    probability: float | None
+    value: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of it."""
-        return {"index": self.index, "label": self.label, "probability": self.probability}
+        told = {"index": self.index, "label": self.label, "probability": self.probability}
+        return told if self.value is None else told | {"value": self.value}
+
+    @property
+    def measure(self) -> str:
+        """Its probability or value in words, empty where it has neither."""
+        if self.probability is not None:
+            return f"{self.probability:.1%}"
+        return "" if self.value is None else f"{self.value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,7 @@ def as_png(report: Report) -> Answer:
         drawn = report.explanations[0].drawn
         return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
     predicted = report.predicted
-    cells = [Cell(report.explanations[0].drawn.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
+    cells = [Cell(report.explanations[0].drawn.seen, predicted.label, f"predicted, {predicted.measure}")]
     cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in report.explanations]
     return Answer(png(contact_sheet(cells)), "image/png")
 
@@ -236,7 +248,7 @@ def html_answer(html: str) -> Answer:
 
 def describe(explanation: Explanation) -> str:
     """Say in a few words what was explained, and with what error."""
-    told = f"{explanation.question}, {explanation.target.probability:.1%}"
+    told = f"{explanation.question}, {explanation.target.measure}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
     error = explanation.explained.value.completeness_error
@@ -245,8 +257,19 @@ def describe(explanation: Explanation) -> str:
 
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
-    environment.filters |= {"describe": describe, "points": _points, "meaning": lambda one: first_sentence(type(one))}
+    environment.filters |= {
+        "exactly": _exactly,
+        "describe": describe,
+        "points": _points,
+        "meaning": lambda one: first_sentence(type(one)),
+    }
     return environment
+
+
+def _exactly(told: Class) -> str:
+    """Return a class's probability or value to four places, ready for more to follow."""
+    pairs = (("probability", told.probability), ("value", told.value))
+    return "".join(f"{name} {number:.4f}, " for name, number in pairs if number is not None)
 
 
 def _points(curve: Sequence[float]) -> str:

@@ -2,6 +2,8 @@
 
 const percent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.001 || fraction > 0.999 ? 2 : 1)} %`;
 const short = (value) => String(Number(value.toPrecision(3)));
+// A class's probability, or a quantity's value.
+const measured = ({ probability, value }) => [probability == null ? "" : `, ${percent(probability)}`, value == null ? "" : `, ${short(value)}`].join("");
 const png = (base64) => `data:image/png;base64,${base64}`;
 
 const question = ({ target, versus }) => (versus ? `${target.label} rather than ${versus.label}` : target.label);
@@ -27,8 +29,8 @@ function completeness({ completeness_error: error, baseline_score: baseline, tar
 
 function facts(explanation) {
   const { target, versus, parameters, evaluations, milliseconds, quality } = explanation;
-  const rows = [["Explained", `${target.label}, ${percent(target.probability)}; score ${short(target.score)}`]];
-  if (versus) rows.push(["Rather than", `${versus.label}, ${percent(versus.probability)}; the score is the difference`]);
+  const rows = [["Explained", `${target.label}${measured(target)}; score ${short(target.score)}`]];
+  if (versus) rows.push(["Rather than", `${versus.label}${measured(versus)}; the score is the difference`]);
   if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
   for (const [name, value] of Object.entries(quality ?? {})) {
     rows.push([title(name), value == null ? "not measured" : `${short(value)}. ${report.qualities[name] ?? ""}`]);

@@ -145,6 +145,7 @@ class Capabilities:
     """Which methods serve a classifier, and why the others do not."""
 
     def __init__(self, classifier: Classifier) -> None:
+        self._head = classifier.head
         self.refused = {name: why for name, method in METHODS.items() if (why := _refusal(method, classifier))}
         self.methods = [name for name in METHODS if name not in self.refused]
 
@@ -163,7 +164,7 @@ class Capabilities:
                 raise bad_request(f"method: {shown(name)} is unknown; allowed: {', '.join(self.methods)}, all")
             if name != "all" and name not in suited:
                 if score is Score.PROBABILITY:
-                    raise bad_request(f"score: {name} has no rule for the softmax; allowed: logit")
+                    raise bad_request(f"score: {name} has no rule for the {self._head}; allowed: logit")
                 raise bad_request(f"versus: {name} has no rule for a log-sum-exp; allowed: a class or runner_up")
             chosen += suited if name == "all" else [name]
         return list(dict.fromkeys(chosen))

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.method import OwnRow
-from torchserve_explain.attribution.rows import Contrast, Versus
+from torchserve_explain.attribution.rows import Contrast, Score, Versus
 from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.capabilities import capability_report
 from torchserve_explain.serving.errors import bad_request, over_limit, shown
@@ -78,6 +81,7 @@ class Planner:
         """Return what clients may ask for, ready for JSON, and the arithmetic of rows without a gradient."""
         defaults, layers = read_parameters(self._defaults), list(self._classifier.spatial_layers)
         report = capability_report(model, self.capabilities, defaults, self._labels, layers)
+        report["head"] = self._classifier.head
         narrow = self._classifier.narrow or torch.float32
         return report | {"arithmetic": str(narrow).removeprefix("torch.")}
 
@@ -111,7 +115,19 @@ class Planner:
         if parameters.target is not None:
             targets = [*self._labels.targets(parameters.target)]
         versus = None if parameters.versus is None else self._labels.versus(parameters.versus, targets)
+        self._check_head(parameters.score, versus)
         return self.capabilities.choose(parameters.method, parameters.score, versus is Contrast.REST), targets, versus
+
+    def _check_head(self, score: Score, versus: Versus | None) -> None:
+        """Raise RequestError 400 for a score that the classifier's head does not have."""
+        if self._classifier.head is Head.NONE and score is Score.PROBABILITY:
+            raise bad_request(
+                "score: probability is not allowed: the model answers quantities; allowed: logit, the quantity itself"
+            )
+        if self._classifier.head is Head.NONE and versus is Contrast.REST:
+            raise bad_request("versus: rest is not allowed: the model answers quantities; allowed: a class or runner_up")
+        if self._classifier.classes == 1 and versus is not None:
+            raise bad_request("versus: the model answers one quantity; allowed: none to compare it with")
 
     def _check_timeout(self, parameters: Parameters) -> None:
         if parameters.timeout is not None and parameters.timeout > self._limits.seconds:
@@ -158,15 +174,47 @@ def own_row(item: Item, classifier: Classifier) -> dict[str, Any]:
     return {"gradient": gradient, "layers": layers(OwnRow.LAYER), "activations": layers(OwnRow.ACTIVATION)}
 
 
-def top_k(instance: Instance, classes: int) -> int:
-    """Return how many classes a prediction tells, 5 unless asked otherwise; raises RequestError 400."""
+@dataclass(frozen=True)
+class Shortlist:
+    """Which classes a prediction tells: at most `count`, and only those whose value lies above `threshold`."""
+
+    count: int
+    threshold: float | None = None
+
+    def of(self, values: Tensor) -> list[tuple[int, float]]:
+        """Return the classes [classes] that it tells and their values, highest first."""
+        top = values.topk(self.count)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [(index, value) for index, value in pairs if self.threshold is None or value > self.threshold]
+
+
+def shortlist(instance: Instance, classifier: Classifier) -> Shortlist:
+    """Return which classes a prediction tells: 5, those above `threshold`, or all quantities; raises RequestError 400."""
+    head, classes = classifier.head, classifier.classes
+    allowed = ("data", "top_k", "threshold") if head is Head.SIGMOID else ("data", "top_k")
     for name in instance.fields:
-        if name != "top_k":
-            raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: data, top_k")
+        if name == "threshold" and name not in allowed:
+            raise bad_request(f"threshold: this classifier's head is {head}, and it is for sigmoid; allowed: top_k")
+        if name not in ("top_k", "threshold"):
+            raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: {', '.join(allowed)}")
+    threshold = _threshold(instance.fields.get("threshold"))
     value = instance.fields.get("top_k")
     if value is None:
-        return min(5, classes)
+        return Shortlist(min(5, classes) if threshold is None and head is not Head.NONE else classes, threshold)
     text = str(value)
     if isinstance(value, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or not 1 <= int(text) <= classes:
         raise bad_request(f"top_k: {shown(value)} is not allowed; allowed: a whole number from 1 to {classes}")
-    return int(text)
+    return Shortlist(int(text), threshold)
+
+
+def _threshold(value: object) -> float | None:
+    """Read a threshold, None where there is none; raises RequestError 400."""
+    if value is None:
+        return None
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else nan
+    except (ValueError, OverflowError):
+        number = nan
+    if not 0 <= number <= 1:
+        raise bad_request(f"threshold: {shown(value)} is not allowed; allowed: a number from 0 to 1")
+    return number

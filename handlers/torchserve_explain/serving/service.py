@@ -14,6 +14,7 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, Piece, Result, background, results, side_by_side
 from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
@@ -26,7 +27,7 @@ from torchserve_explain.serving.errors import bad_request, from_engine, over_lim
 from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.page import try_it_page
 from torchserve_explain.serving.parameters import Labels
-from torchserve_explain.serving.planning import Item, Planner, own_row, top_k
+from torchserve_explain.serving.planning import Item, Planner, own_row, shortlist
 from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 from torchserve_explain.serving.settings import Settings
 
@@ -49,12 +50,12 @@ class RawRequest:
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the model saw it: the row that was evaluated, and the classes' scores on the CPU."""
+    """An image as the model saw it: the row that was evaluated, the classes' logits and what is told of them, on the CPU."""
 
     picture: Picture
     known: Known
     logits: Tensor
-    probabilities: Tensor
+    values: Tensor
 
 
 class Service:
@@ -156,16 +157,15 @@ class Service:
         return [one.value for one in finished]
 
     def _predict(self, request: Request, instance: Instance) -> Computation[dict[str, float]]:
-        """Return the top classes as TorchServe's image_classifier does: label to probability, highest first."""
+        """Return classes as TorchServe's image_classifier does: label to probability (or quantity), highest first."""
         if "method" in request.defaults:
             raise bad_request(f"path: {shown(request.defaults['method'])} is not allowed; methods belong to /explanations")
-        count = top_k(instance, len(self._labels.names))
+        wanted = shortlist(instance, self._classifier)
         seen = yield from self._look(instance.image)
-        top = seen.probabilities.topk(count)
         answer: dict[str, float] = {}
-        for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        for index, value in wanted.of(seen.values):
             label = self._labels.names[index]
-            answer[f"{label} ({index})" if label in answer else label] = probability  # no shared label hides a class
+            answer[f"{label} ({index})" if label in answer else label] = value  # no shared label hides a class
         return answer
 
     def _explain(self, item: Item, arrived: float) -> Computation[Report]:
@@ -186,7 +186,7 @@ class Service:
         patience = now + QUALITY_SHARE * (deadline - now)
         pieces = [Piece(self._explanation(job, item, seen, patience), job.evaluations) for job in jobs]
         explanations = yield from results(pieces)
-        top = seen.probabilities.topk(min(5, len(self._labels.names))).indices.tolist()
+        top = seen.values.topk(min(5, len(self._labels.names))).indices.tolist()
         classes = [self._class(seen, index) for index in top]
         return Report(self._model, self._class(seen, predicted), classes, seen.picture, [one.value for one in explanations])
 
@@ -227,23 +227,26 @@ class Service:
             raise NotFinite("the model's logits are not finite numbers for this image")
         target = int(logits.argmax()) if target is None else target
         known = Known(found[0], placed, target, score, result.seconds, resolved(versus, logits, target))
-        return Seen(picture, known, logits, logits.softmax(0))
+        return Seen(picture, known, logits, self._classifier.head.values(logits))
 
     def _case(self, item: Item, seen: Seen, target: int) -> Case:
         score, seed, versus = item.parameters.score, item.parameters.seed, resolved(item.versus, seen.logits, target)
+        known_score = score_of(self._classifier.head, seen.logits, target, score, versus)
         return Case(
-            self._classifier, seen.known.input, target, score, score_of(seen.logits, target, score, versus), seed,
-            budget=item.budget, known=seen.known, versus=versus,
+            self._classifier, seen.known.input, target, score, known_score, seed, budget=item.budget, known=seen.known,
+            versus=versus,
         )  # fmt: skip
 
     def _class(self, seen: Seen, index: int) -> Class:
-        return Class(index, self._labels.names[index], float(seen.probabilities[index]))
+        label, value = self._labels.names[index], float(seen.values[index])
+        return Class(index, label, None, value) if self._classifier.head is Head.NONE else Class(index, label, value)
 
     def _versus(self, seen: Seen, case: Case) -> Class | None:
         """Return what a case's target is compared with, all others as one class without an index."""
         if isinstance(case.versus, int):
             return self._class(seen, case.versus)
-        rest = 1 - float(seen.probabilities[case.target])
+        alone = self._classifier.head is Head.SOFTMAX  # else the others have no probability in common
+        rest = 1 - float(seen.values[case.target]) if alone else None
         return Class(None, "the rest", rest) if case.versus is Contrast.REST else None
 
     def _opened(self, request: Request, headers: Mapping[str, Any]) -> Answer:

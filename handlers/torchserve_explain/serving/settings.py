@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from torchvision import transforms
 
 from torchserve_explain.attribution.classifier import Normalization
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.errors import ArchiveError
 
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
@@ -84,9 +85,10 @@ class Explanations(Section):
 
 
 class ClassifierSettings(Section):
-    """The network: a torchvision name, or `model.py` of the archive."""
+    """The network: a torchvision name, or `model.py` of the archive; what its outputs mean, None where that is found."""
 
     architecture: str
+    head: Head | None = None
 
 
 class Settings(BaseModel):
