@@ -417,6 +417,14 @@ def test_all_is_every_method_that_serves(classifier, flat_classifier):
     assert "grad_cam" not in Capabilities(flat_classifier).choose(["all"])
 
 
+def test_a_method_that_is_switched_off_is_neither_listed_nor_served(classifier, flat_classifier):
+    capabilities = Capabilities(classifier, ("saliency", "grad_cam"))
+    assert capabilities.choose(["all"]) == capabilities.methods == ["grad_cam", "saliency"]
+    with pytest.raises(RequestError, match=r"^method: 'lrp' is not served by this archive; allowed: grad_cam, saliency, all$"):
+        capabilities.choose(["lrp"])
+    assert Capabilities(flat_classifier, ("saliency",)).refused == {}
+
+
 def test_methods_are_chosen_in_the_order_asked_for(classifier):
     names = list(METHODS)[::-1]
     assert Capabilities(classifier).choose(names) == names

@@ -13,11 +13,11 @@ from PIL import Image
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.errors import RequestError
+from torchserve_explain.errors import ArchiveError, RequestError
 from torchserve_explain.serving import service as service_module
 from torchserve_explain.serving.in_flight import InFlight
 from torchserve_explain.serving.service import RawRequest, Service
-from torchserve_explain.serving.settings import Settings
+from torchserve_explain.serving.settings import Settings, read_settings
 
 CONFIG = {
     "classifier": {"architecture": "model.py"},
@@ -247,6 +247,20 @@ def test_a_class_is_not_compared_with_itself(service):
     settings = Settings.model_validate(CONFIG | {"explanations": {"defaults": {"target": "1", "versus": "1"}}})
     with pytest.raises(RequestError, match="is the target itself"):
         Service(service._classifier, [], settings, {})
+
+
+def test_an_archive_serves_the_methods_that_it_lists(service):
+    settings = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"], "defaults": {"method": "grad_cam"}}})
+    few = Service(service._classifier, [], settings, {"name": "few", "version": "1"})
+    report = json.loads(answers(few, explain({"body": b""}, ASKED | {"Accept": "application/json"}))[0].body)
+    assert [method["name"] for method in report["methods"]] == ["grad_cam"] and report["refused"] == {}
+    assert [one["method"] for one in asked(few, method="all")] == ["grad_cam"] and asked(few, method="lrp")[0] == 400
+    without = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"]}})
+    with pytest.raises(RequestError, match="'integrated_gradients' is not served by this archive"):
+        Service(service._classifier, [], without, {})
+    for wrong, why in ((["grad_cat"], "'grad_cat' is no method; allowed: integrated_gradients, "), ([], "at least 1 item")):
+        with pytest.raises(ArchiveError, match=why):
+            read_settings(CONFIG | {"explanations": {"methods": wrong}})
 
 
 def test_the_first_client_finds_a_service_that_has_explained(service):

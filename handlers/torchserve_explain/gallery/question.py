@@ -117,7 +117,8 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
     parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
     chosen: dict[str, Method] = {}
     rest = versus == Contrast.REST
-    for name in Capabilities(archive.classifier).choose(parameters.method, parameters.score, rest):
+    capabilities = Capabilities(archive.classifier, archive.settings.explanations.methods)
+    for name in capabilities.choose(parameters.method, parameters.score, rest):
         for method in (several := parameters.methods(name)):
             layer = getattr(method, "layer", None)
             if layer is not None:

@@ -142,12 +142,13 @@ def _check_length(name: str, value: object) -> None:
 
 
 class Capabilities:
-    """Which methods serve a classifier, and why the others do not."""
+    """Which methods serve a classifier, and why others do not; those that are not `offered` are none (None: all are)."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, offered: tuple[str, ...] | None = None) -> None:
         self._head = classifier.head
-        self.refused = {name: why for name, method in METHODS.items() if (why := _refusal(method, classifier))}
-        self.methods = [name for name in METHODS if name not in self.refused]
+        known = {name: method for name, method in METHODS.items() if offered is None or name in offered}
+        self.refused = {name: why for name, method in known.items() if (why := _refusal(method, classifier))}
+        self.methods = [name for name in known if name not in self.refused]
 
     def choose(self, names: Iterable[str], score: Score = Score.LOGIT, rest: bool = False) -> list[str]:
         """Return the names, each once, with `all` spelt out: what serves the model and the score, `rest` one against all.
@@ -161,7 +162,8 @@ class Capabilities:
             if name in self.refused:
                 raise bad_request(f"method: {name} cannot serve this model: {self.refused[name]}")
             if name != "all" and name not in self.methods:
-                raise bad_request(f"method: {shown(name)} is unknown; allowed: {', '.join(self.methods)}, all")
+                what = "not served by this archive" if name in METHODS else "unknown"
+                raise bad_request(f"method: {shown(name)} is {what}; allowed: {', '.join(self.methods)}, all")
             if name != "all" and name not in suited:
                 if score is Score.PROBABILITY:
                     raise bad_request(f"score: {name} has no rule for the {self._head}; allowed: logit")

@@ -67,7 +67,7 @@ class Planner:
     """Turns requests into items for one classifier."""
 
     def __init__(self, classifier: Classifier, labels: Labels, settings: Explanations) -> None:
-        self.capabilities = Capabilities(classifier)
+        self.capabilities = Capabilities(classifier, settings.methods)
         self._classifier = classifier
         self._labels = labels
         self._defaults, self._limits = settings.defaults, settings.limits
