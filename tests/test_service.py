@@ -13,6 +13,7 @@ from PIL import Image
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.errors import ArchiveError, RequestError
 from torchserve_explain.serving import service as service_module
 from torchserve_explain.serving.in_flight import InFlight
@@ -286,10 +287,10 @@ def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(s
     assert answer.status == 200
     if output == b"json":
         (one,) = json.loads(answer.body)["explanations"]
-        assert set(one["quality"].values()) == {None} and len(one["quality"]) == 4
+        assert set(one["quality"].values()) == {None} and len(one["quality"]) == len(QUALITIES)
         assert all("out of time" in details["reason"] for details in one["quality_details"].values())
     else:
-        assert answer.body.count(b"not measured: out of time") == 4
+        assert answer.body.count(b"not measured: out of time") == len(QUALITIES)
 
 
 def test_a_small_maps_pictures_are_large_enough_to_be_looked_at(service):

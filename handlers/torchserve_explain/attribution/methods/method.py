@@ -34,6 +34,7 @@ class Draw(IntEnum):
     MASK = 4
     PERTURBATION = 5
     ORDER = 6
+    CLASS = 7
 
 
 @dataclass(frozen=True)
