@@ -446,12 +446,15 @@ def test_an_unknown_method_is_refused_with_those_that_serve(flat_classifier, nam
 
 def test_a_rule_for_one_class_has_none_for_all_of_them(classifier):
     capabilities, joins = Capabilities(classifier), {name for name in METHODS if METHODS[name].explains_probability}
-    assert joins and joins == set(capabilities.choose(["all"], Score.PROBABILITY)) == set(
-        capabilities.choose(["all"], rest=True)
-    )
-    for options, parameter in (({"score": Score.PROBABILITY}, "score"), ({"rest": True}, "versus")):
+    classless = {name for name in METHODS if not METHODS[name].asks_for_class}
+    assert joins and joins == set(capabilities.choose(["all"], Score.PROBABILITY))
+    assert joins - classless == set(capabilities.choose(["all"], versus=Contrast.REST))
+    for options, parameter in (({"score": Score.PROBABILITY}, "score"), ({"versus": Contrast.REST}, "versus")):
         with pytest.raises(RequestError, match=f"^{parameter}: lrp has no rule for .*; allowed: "):
             capabilities.choose(["grad_cam", "lrp"], **options)
+    with pytest.raises(RequestError, match=r"^versus: eigen_cam explains no class"):
+        capabilities.choose(["eigen_cam"], versus=1)
+    assert set(capabilities.choose(["all"], versus=1)) == METHODS.keys() - classless
 
 
 # Labels

@@ -116,9 +116,9 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
         raise ArchiveError("the archive answers quantities; allowed: a classifier, by whose classes a gallery is sorted")
     parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
     chosen: dict[str, Method] = {}
-    rest = versus == Contrast.REST
+    contrast = Contrast(versus) if versus in list(Contrast) else None
     capabilities = Capabilities(archive.classifier, archive.settings.explanations.methods)
-    for name in capabilities.choose(parameters.method, parameters.score, rest):
+    for name in capabilities.choose(parameters.method, parameters.score, contrast):
         for method in (several := parameters.methods(name)):
             layer = getattr(method, "layer", None)
             if layer is not None:

@@ -11,6 +11,7 @@ from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import Reduction
 from torchserve_explain.attribution.methods.lrp import Composite
+from torchserve_explain.attribution.methods.path import PathRule
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES, Quality
 from torchserve_explain.attribution.rows import Contrast, Score, Versus
@@ -68,6 +69,7 @@ class Parameters(BaseModel):
     baseline: Baseline | None = Field(None, description=_one_of(Baseline))
     max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")
     steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
+    rule: PathRule | None = Field(None, description=_one_of(PathRule))
     samples: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
     stdev: Number | None = Field(None, ge=0, le=1, description="a fraction of the input's range from 0 to 1")
     smoothing: SmoothingKind | None = Field(None, description=_one_of(SmoothingKind))
@@ -150,13 +152,14 @@ class Capabilities:
         self.refused = {name: why for name, method in known.items() if (why := _refusal(method, classifier))}
         self.methods = [name for name in known if name not in self.refused]
 
-    def choose(self, names: Iterable[str], score: Score = Score.LOGIT, rest: bool = False) -> list[str]:
-        """Return the names, each once, with `all` spelt out: what serves the model and the score, `rest` one against all.
+    def choose(self, names: Iterable[str], score: Score = Score.LOGIT, versus: Versus | None = None) -> list[str]:
+        """Return the names, each once, with `all` spelt out: what serves the model and the score, alone or `versus` others.
 
         Raises RequestError 400 for a name that is unknown or cannot serve.
         """
-        joins = score is Score.PROBABILITY or rest  # all classes, by a softmax or a log-sum-exp
+        joins = score is Score.PROBABILITY or versus is Contrast.REST  # all classes, by a softmax or a log-sum-exp
         suited = [name for name in self.methods if METHODS[name].explains_probability or not joins]
+        suited = [name for name in suited if METHODS[name].asks_for_class or versus is None]
         chosen: list[str] = []
         for name in dict.fromkeys(names):
             if name in self.refused:
@@ -165,6 +168,8 @@ class Capabilities:
                 what = "not served by this archive" if name in METHODS else "unknown"
                 raise bad_request(f"method: {shown(name)} is {what}; allowed: {', '.join(self.methods)}, all")
             if name != "all" and name not in suited:
+                if not METHODS[name].asks_for_class:
+                    raise bad_request(f"versus: {name} explains no class, so not rather than another; allowed: without versus")
                 if score is Score.PROBABILITY:
                     raise bad_request(f"score: {name} has no rule for the {self._head}; allowed: logit")
                 raise bad_request(f"versus: {name} has no rule for a log-sum-exp; allowed: a class or runner_up")

@@ -116,7 +116,7 @@ class Planner:
             targets = [*self._labels.targets(parameters.target)]
         versus = None if parameters.versus is None else self._labels.versus(parameters.versus, targets)
         self._check_head(parameters.score, versus)
-        return self.capabilities.choose(parameters.method, parameters.score, versus is Contrast.REST), targets, versus
+        return self.capabilities.choose(parameters.method, parameters.score, versus), targets, versus
 
     def _check_head(self, score: Score, versus: Versus | None) -> None:
         """Raise RequestError 400 for a score that the classifier's head does not have."""

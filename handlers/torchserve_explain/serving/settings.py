@@ -62,7 +62,7 @@ class Limits(Section):
 
     evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
-    methods: PositiveInt = 20
+    methods: PositiveInt = 30
     targets: PositiveInt = 5
     layers: PositiveInt = 5
     instances: PositiveInt = 16  # images in one KServe request

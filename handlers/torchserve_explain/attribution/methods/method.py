@@ -146,6 +146,7 @@ class Method:
     name: ClassVar[str]
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
     explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax, nor for a log-sum-exp
+    asks_for_class: ClassVar[bool] = True  # False: its map is the same for every class
     needs_gradient: ClassVar[bool] = True  # False: the model's outputs suffice
     own_row: ClassVar[OwnRow | None] = None
     adaptive: ClassVar[bool] = False  # True: it chooses how many rows it takes, at most `case.budget`
