@@ -11,6 +11,7 @@ from torch import nn
 from torchserve_explain.archive import Archive
 from torchserve_explain.archiver import build_archive, parser
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
@@ -22,7 +23,6 @@ from torchserve_explain.attribution.rows import Contrast, Score
 from torchserve_explain.attribution.scores import score_of
 from torchserve_explain.errors import ArchiveError, ExplainError, RequestError, Unsupported
 from torchserve_explain.gallery.question import ask
-from torchserve_explain.serving.in_flight import InFlight
 from torchserve_explain.serving.planning import shortlist
 from torchserve_explain.serving.requests import Instance
 from torchserve_explain.serving.service import RawRequest, Service
@@ -176,7 +176,8 @@ def service_of(classes, labels=(), **options):
 
 def answered(service, explain=False, **fields):
     raw = RawRequest({"data": picture()} | {k: str(v).encode() for k, v in fields.items()}, {"explain": str(explain)})
-    (answer,) = InFlight(service, Engine(service._classifier, 8), 0.05).answer_all({"0": lambda: raw}).values()
+    (result,) = Engine(service.classifier, 8).results([Piece(service.answer(raw))])
+    answer = result.value
     return answer if answer.content_type != "application/json" else (answer.status, json.loads(answer.body))
 
 

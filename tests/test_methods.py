@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE
+from conftest import NORMALIZATION, SIZE, watched_passes
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import nn
 
@@ -41,8 +41,7 @@ def test_every_method_that_has_a_name_is_listed():
 
 
 def test_both_computations_share_passes_and_return_their_results(classifier, image):
-    case, sizes, evaluate = case_of(classifier, image), [], classifier.evaluate
-    classifier.evaluate = lambda inputs, *args, **options: (sizes.append(len(inputs)), evaluate(inputs, *args, **options))[1]
+    case, sizes = case_of(classifier, image), watched_passes(classifier)
     images = lambda _: image  # noqa: E731
     (result,) = Engine(classifier, 8).results([Piece(both(case.scores(2, images), case.scores(3, images)))])
     assert sizes == [5] and list(map(len, result.value)) == [2, 3] and result.evaluations == 5

@@ -12,12 +12,12 @@ from live import picture, white
 from PIL import Image
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.quality import QUALITIES
-from torchserve_explain.errors import ArchiveError, RequestError
+from torchserve_explain.errors import ArchiveError, ExplainError, RequestError
 from torchserve_explain.serving import service as service_module
-from torchserve_explain.serving.in_flight import InFlight
-from torchserve_explain.serving.service import RawRequest, Service
+from torchserve_explain.serving.service import RawRequest, Service, error_answer
 from torchserve_explain.serving.settings import Settings, read_settings
 
 CONFIG = {
@@ -49,9 +49,11 @@ def explain(data=EXPLANATION, headers=ASKED, **when):
 
 def answers(service, *raws, classifier=None):
     """Return the answers to requests that are in flight together."""
-    in_flight = InFlight(service, Engine(classifier or service._classifier, 8), 0.05)
-    found = in_flight.answer_all({str(index): lambda raw=raw: raw for index, raw in enumerate(raws)})
-    return [found[str(index)] for index in range(len(raws))]
+    engine = Engine(classifier or service.classifier, 8)
+    tasks = [engine.add(Piece(service.answer(raw)), service.deadline(raw)) for raw in raws]
+    while any(task.outcome is None for task in tasks):
+        engine.step()
+    return [error_answer(task.outcome) if isinstance(task.outcome, ExplainError) else task.outcome.value for task in tasks]
 
 
 def test_a_request_whose_time_is_over_is_a_504_and_its_neighbour_is_answered(service):
@@ -104,14 +106,14 @@ def test_whatever_fails_on_the_way_is_the_answer_of_that_request_alone(service, 
 
 def test_a_model_that_answers_nan_is_a_500_and_never_nan_in_json(service):
     with torch.no_grad():
-        service._classifier._model.head.bias.fill_(float("nan"))
+        service.classifier._model.head.bias.fill_(float("nan"))
     for answer in answers(service, predict(), explain()):
         assert answer.status == 500 and b"NaN" not in answer.body
 
 
 def test_a_forward_that_raises_for_one_image_fails_its_request_alone(service, monkeypatch):
     """The pass that they share is repeated for each of them."""
-    logits, calls = service._classifier._model.forward, []
+    logits, calls = service.classifier._model.forward, []
 
     def forward(x):
         calls.append(len(x))
@@ -119,7 +121,7 @@ def test_a_forward_that_raises_for_one_image_fails_its_request_alone(service, mo
             raise RuntimeError("a fault of the user's own forward")
         return logits(x)
 
-    monkeypatch.setattr(service._classifier._model, "forward", forward)
+    monkeypatch.setattr(service.classifier._model, "forward", forward)
     for _ in range(50):  # until they happen to share one
         failed, *fine = answers(service, predict({"data": white()}), predict(), explain())
         assert failed.status == 500 and [answer.status for answer in fine] == [200, 200]
@@ -212,8 +214,8 @@ def test_a_difference_is_told_with_what_it_is_compared_with(service, score):
 
 
 def test_the_pass_that_predicts_answers_the_difference_too(service, monkeypatch):
-    sizes, evaluate = [], service._classifier.evaluate
-    monkeypatch.setattr(service._classifier, "evaluate", lambda x, *a, **o: (sizes.append(len(x)), evaluate(x, *a, **o))[1])
+    sizes, evaluate = [], service.classifier.evaluate
+    monkeypatch.setattr(service.classifier, "evaluate", lambda x, *a, **o: (sizes.append(len(x)), evaluate(x, *a, **o))[1])
     for versus in ("runner_up", "rest"):
         asked(service, method="sensitivity,grad_cam", versus=versus)
     assert sizes == [1, 1]
@@ -247,25 +249,25 @@ def test_a_class_is_not_compared_with_itself(service):
     )
     settings = Settings.model_validate(CONFIG | {"explanations": {"defaults": {"target": "1", "versus": "1"}}})
     with pytest.raises(RequestError, match="is the target itself"):
-        Service(service._classifier, [], settings, {})
+        Service(service.classifier, [], settings, {})
 
 
 def test_an_archive_serves_the_methods_that_it_lists(service):
     settings = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"], "defaults": {"method": "grad_cam"}}})
-    few = Service(service._classifier, [], settings, {"name": "few", "version": "1"})
+    few = Service(service.classifier, [], settings, {"name": "few", "version": "1"})
     report = json.loads(answers(few, explain({"body": b""}, ASKED | {"Accept": "application/json"}))[0].body)
     assert [method["name"] for method in report["methods"]] == ["grad_cam"] and report["refused"] == {}
     assert [one["method"] for one in asked(few, method="all")] == ["grad_cam"] and asked(few, method="lrp")[0] == 400
     without = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"]}})
     with pytest.raises(RequestError, match="'integrated_gradients' is not served by this archive"):
-        Service(service._classifier, [], without, {})
+        Service(service.classifier, [], without, {})
     for wrong, why in ((["grad_cat"], "'grad_cat' is no method; allowed: integrated_gradients, "), ([], "at least 1 item")):
         with pytest.raises(ArchiveError, match=why):
             read_settings(CONFIG | {"explanations": {"methods": wrong}})
 
 
 def test_the_first_client_finds_a_service_that_has_explained(service):
-    assert service.warm_up(Engine(service._classifier, 8)).evaluations == 17
+    assert service.warm_up(Engine(service.classifier, 8)).evaluations == 17
 
 
 def test_adaptive_paths_share_what_the_fixed_jobs_leave(service):

@@ -65,7 +65,7 @@ class Service:
         if labels and len(labels) != classifier.classes:
             raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
         self.limits = settings.explanations.limits
-        self._classifier = classifier
+        self.classifier = classifier
         self._labels = Labels(list(labels) or [str(index) for index in range(classifier.classes)])
         self._preprocessing = settings.preprocessing
         self._planner = Planner(classifier, self._labels, settings.explanations)
@@ -82,9 +82,9 @@ class Service:
 
     def warm_up(self, engine: Engine) -> Result[Any]:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
-        blank = self._classifier.example[0]
+        blank = self.classifier.example[0]
         engine.logits([blank])
-        return engine.results([Job(IntegratedGradients(max_error=1e-9), Case(self._classifier, blank, 0, budget=17))])[0]
+        return engine.results([Job(IntegratedGradients(max_error=1e-9), Case(self.classifier, blank, 0, budget=17))])[0]
 
     def deadline(self, raw: RawRequest) -> float:
         """Return when a request's time is over; it may ask for less."""
@@ -160,7 +160,7 @@ class Service:
         """Return classes as TorchServe's image_classifier does: label to probability (or quantity), highest first."""
         if "method" in request.defaults:
             raise bad_request(f"path: {shown(request.defaults['method'])} is not allowed; methods belong to /explanations")
-        wanted = shortlist(instance, self._classifier)
+        wanted = shortlist(instance, self.classifier)
         seen = yield from self._look(instance.image)
         answer: dict[str, float] = {}
         for index, value in wanted.of(seen.values):
@@ -171,11 +171,12 @@ class Service:
     def _explain(self, item: Item, arrived: float) -> Computation[Report]:
         """Return the explanations of one image, each measured as it is asked for."""
         deadline = arrived + (item.parameters.timeout or self.limits.seconds)
-        (report,) = yield from results([Piece(self._explained(item, deadline))], deadline)
+        least = sum(item.fixed_rows(self.classifier, adaptive) for adaptive in (False, True))
+        (report,) = yield from results([Piece(self._explained(item, deadline), least)], deadline)
         return report.value
 
     def _explained(self, item: Item, deadline: float) -> Computation[Report]:
-        target, wanted = item.targets[0], own_row(item, self._classifier)
+        target, wanted = item.targets[0], own_row(item, self.classifier)
         seen = yield from self._look(item.image, target, item.parameters.score, versus=item.versus, **wanted)
         predicted = int(seen.logits.argmax())
         targets = [predicted if target is None else target for target in item.targets]
@@ -214,7 +215,7 @@ class Service:
         What methods want of the same row, the target's gradient or a layer, is taken from the same pass.
         """
         picture = yield from self._timed("decode", read_picture, image, self._preprocessing, self.limits.pixels)
-        placed = picture.input.to(self._classifier.device, self._classifier.dtype)
+        placed = picture.input.to(self.classifier.device, self.classifier.dtype)
         found: list[Evaluation] = []
 
         def look() -> Computation[None]:
@@ -227,25 +228,25 @@ class Service:
             raise NotFinite("the model's logits are not finite numbers for this image")
         target = int(logits.argmax()) if target is None else target
         known = Known(found[0], placed, target, score, result.seconds, resolved(versus, logits, target))
-        return Seen(picture, known, logits, self._classifier.head.values(logits))
+        return Seen(picture, known, logits, self.classifier.head.values(logits))
 
     def _case(self, item: Item, seen: Seen, target: int) -> Case:
         score, seed, versus = item.parameters.score, item.parameters.seed, resolved(item.versus, seen.logits, target)
-        known_score = score_of(self._classifier.head, seen.logits, target, score, versus)
+        known_score = score_of(self.classifier.head, seen.logits, target, score, versus)
         return Case(
-            self._classifier, seen.known.input, target, score, known_score, seed, budget=item.budget, known=seen.known,
+            self.classifier, seen.known.input, target, score, known_score, seed, budget=item.budget, known=seen.known,
             versus=versus,
         )  # fmt: skip
 
     def _class(self, seen: Seen, index: int) -> Class:
         label, value = self._labels.names[index], float(seen.values[index])
-        return Class(index, label, None, value) if self._classifier.head is Head.NONE else Class(index, label, value)
+        return Class(index, label, None, value) if self.classifier.head is Head.NONE else Class(index, label, value)
 
     def _versus(self, seen: Seen, case: Case) -> Class | None:
         """Return what a case's target is compared with, all others as one class without an index."""
         if isinstance(case.versus, int):
             return self._class(seen, case.versus)
-        alone = self._classifier.head is Head.SOFTMAX  # else the others have no probability in common
+        alone = self.classifier.head is Head.SOFTMAX  # else the others have no probability in common
         rest = 1 - float(seen.values[case.target]) if alone else None
         return Class(None, "the rest", rest) if case.versus is Contrast.REST else None
 
