@@ -266,6 +266,11 @@ def test_an_archive_serves_the_methods_that_it_lists(service):
             read_settings(CONFIG | {"explanations": {"methods": wrong}})
 
 
+def test_the_rule_of_a_path_is_told_where_it_is_no_default(service):
+    told = [asked(service, steps=3, **fields)[0]["parameters"] for fields in ({}, {"rule": "riemann"}, {"rule": "idgi"})]
+    assert [parameters.get("rule") for parameters in told] == [None, None, "idgi"]
+
+
 def test_the_first_client_finds_a_service_that_has_explained(service):
     assert service.warm_up(Engine(service.classifier, 8)).evaluations == 17
 

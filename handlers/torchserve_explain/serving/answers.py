@@ -16,6 +16,7 @@ from PIL import Image
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
+from torchserve_explain.attribution.methods.path import PathRule
 from torchserve_explain.attribution.quality import Quality, QualityScore
 from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving.capabilities import first_sentence
@@ -118,6 +119,8 @@ class Explanation:
         own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
         if own.get("steps") is not None:
             own.pop("max_error", None)
+        if own.get("rule") is PathRule.RIEMANN:  # told only where it is the other: a default answer stays as it was
+            own.pop("rule")
         if "layer" in own:
             own["layer"] = self.job.case.classifier.grid_layer(str(own["layer"]))
         if (smoothing := self.job.smoothing) is not None:
