@@ -179,6 +179,32 @@ def test_the_label_is_explained_where_it_is_asked_for(store, labelled, tmp_path)
         assert record["target_probability"] == record["label_probability"]  # of two cats the likelier
 
 
+def test_a_wrong_prediction_is_explained_against_the_right_label(out, store, labelled, tmp_path):
+    records = read_records(out / "records.jsonl")
+    for record in records:
+        assert record["versus"] == (None if record["correct"] else record["label"])
+    text = "".join(page.read_text() for page in (out / "classes").iterdir())
+    wrong = next(record for record in records if not record["correct"])
+    assert f"{wrong['target']} rather than {wrong['label']}" in text
+    assert "the predicted class, rather than the label where it is wrong." in (out / "index.html").read_text()
+    assert command(store, labelled, tmp_path, "--versus", "nothing") == 0
+    plain = {(record["path"], record["map"]): record for record in read_records(tmp_path / "records.jsonl")}
+    assert {record["versus"] for record in plain.values()} == {None}
+    for record in records:
+        alike = np.array_equal(stored(out, record), stored(tmp_path, plain[record["path"], record["map"]]))
+        assert alike == record["correct"]
+    assert "rather than" not in "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+
+
+@pytest.mark.parametrize("versus", ["runner_up", "rest"])
+def test_all_pictures_may_be_compared(store, labelled, tmp_path, versus):
+    assert command(store, labelled, tmp_path, "--methods", "grad_cam", "--versus", versus) == 0
+    for record in read_records(tmp_path / "records.jsonl"):
+        assert record["versus"] == "rest" if versus == "rest" else record["versus"] in SMALL_LABELS
+    overview = (tmp_path / "index.html").read_text()
+    assert f"rather than the {versus.replace('_', '-')}." in overview and "versus =" not in overview
+
+
 def test_a_mean_map_is_the_mean_of_the_stored_maps(out):
     records = read_records(out / "records.jsonl")
     written = 0

@@ -91,7 +91,7 @@ def test_it_is_no_archives_default():
     settings = Settings.model_validate(CONFIG | {"explanations": {"defaults": {"output": "openapi"}}})
     classifier = Classifier(small_cnn().float(), settings.preprocessing.normalization, settings.preprocessing.size)
     with pytest.raises(RequestError, match="no default; allowed: json, png, npy, html"):
-        Service(classifier, [], settings, {"name": "small", "version": "1.0"})
+        Service(classifier, [], settings, {"name": "small", "version": "1.0"}, "0" * 64)
 
 
 def test_every_output_is_drawn_as_its_type_or_is_the_document(service, document):

@@ -182,6 +182,23 @@ def test_fields_follow_the_methods(opened):
     assert ["new york, ny", ""] in labels and ["2", "cat"] in labels and ["5", "cat"] in labels
 
 
+def test_a_class_is_explained_rather_than_another(opened):
+    page = opened()
+    give(page)
+    assert page.is_visible("#field-versus") and page.text_content("label[for=field-versus]") == "Rather than"
+    offered = page.eval_on_selector_all("#field-versus-list option", "options => options.map(o => [o.value, o.label])")
+    assert [value for value, _ in offered[:2]] == ["runner_up", "rest"] and ["5", "cat"] in offered
+    page.fill("#field-target", "bee")
+    page.fill("#field-versus", "new york, ny")
+    explain(page, "integrated_gradients")
+    assert page.text_content(".card h3") == "Integrated gradients: bee rather than new york, ny"
+    card = page.inner_text(".card")
+    assert "raised the score of “bee” over that of “new york, ny”" in card and "Rather than\nnew york, ny" in card
+    page.fill("#field-versus", "bee")
+    page.click("#explain")
+    wait_for_text(page, ".failure .error", "is the target itself")
+
+
 def test_what_the_report_names_appears_by_itself(server, opened):
     told = httpx.get(server + PATH, headers={"Accept": "application/json"}).json()
     told["methods"].append({"name": "brand_new", "description": "Made up.", "parameters": ["composite"], "defaults": {}})

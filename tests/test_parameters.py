@@ -15,6 +15,7 @@ from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.methods import METHODS, Smoothing
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES
+from torchserve_explain.attribution.rows import Contrast, Score
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.parameters import (
@@ -85,6 +86,8 @@ def another(name):
         return ["deletion", "infidelity"]
     if name in LISTS:
         return ["one", "two"]
+    if name == "versus":
+        return "rest"
     return True if name in ("values", "audit") else (7 if name in WHOLE else 0.125)
 
 
@@ -109,7 +112,7 @@ def checked(error):
 
 def test_every_parameter_is_a_number_a_choice_a_list_or_a_truth():
     """So that the tests below leave none out."""
-    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "audit", "quality"}
+    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "audit", "quality", "versus"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -422,6 +425,14 @@ def test_all_is_every_method_that_serves(classifier, flat_classifier):
     assert "grad_cam" not in Capabilities(flat_classifier).choose(["all"])
 
 
+def test_a_method_that_is_switched_off_is_neither_listed_nor_served(classifier, flat_classifier):
+    capabilities = Capabilities(classifier, ("saliency", "grad_cam"))
+    assert capabilities.choose(["all"]) == capabilities.methods == ["grad_cam", "saliency"]
+    with pytest.raises(RequestError, match=r"^method: 'lrp' is not served by this archive; allowed: grad_cam, saliency, all$"):
+        capabilities.choose(["lrp"])
+    assert Capabilities(flat_classifier, ("saliency",)).refused == {}
+
+
 def test_methods_are_chosen_in_the_order_asked_for(classifier):
     names = list(METHODS)[::-1]
     assert Capabilities(classifier).choose(names) == names
@@ -439,6 +450,19 @@ def test_an_unknown_method_is_refused_with_those_that_serve(flat_classifier, nam
     message = choice_refusal(flat_classifier, ["sensitivity", name])
     allowed = ", ".join(Capabilities(flat_classifier).methods)
     assert re.match(r"method: '.*('|\.\.\.) is unknown", message) and message.endswith(f"allowed: {allowed}, all")
+
+
+def test_a_rule_for_one_class_has_none_for_all_of_them(classifier):
+    capabilities, joins = Capabilities(classifier), {name for name in METHODS if METHODS[name].explains_probability}
+    classless = {name for name in METHODS if not METHODS[name].asks_for_class}
+    assert joins and joins == set(capabilities.choose(["all"], Score.PROBABILITY))
+    assert joins - classless == set(capabilities.choose(["all"], versus=Contrast.REST))
+    for options, parameter in (({"score": Score.PROBABILITY}, "score"), ({"versus": Contrast.REST}, "versus")):
+        with pytest.raises(RequestError, match=f"^{parameter}: lrp has no rule for .*; allowed: "):
+            capabilities.choose(["grad_cam", "lrp"], **options)
+    with pytest.raises(RequestError, match=r"^versus: eigen_cam explains no class"):
+        capabilities.choose(["eigen_cam"], versus=1)
+    assert set(capabilities.choose(["all"], versus=1)) == METHODS.keys() - classless
 
 
 # Labels
@@ -502,6 +526,24 @@ def test_a_class_of_a_shared_label_can_be_chosen_by_its_index():
 
 def test_a_label_with_a_comma_inside_a_comma_list_is_refused():
     assert "'red fox'" in target_refusal("tabby,red fox, Vulpes vulpes")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("tabby", 0), (4, 4), ("4", 4), ("red fox, Vulpes vulpes", 1), ("rest", "rest"), ("runner_up", "runner_up")],
+)
+def test_versus_is_a_class_or_what_stands_for_one(value, expected):
+    found = LABELS.versus(read_parameters({"versus": value}).versus, [None, 2])
+    assert found == expected and isinstance(found, Contrast) == (value in ("rest", "runner_up"))
+
+
+@pytest.mark.parametrize("value", ["Rest", "tabby,4", "crane", 6, "6", "", "2", 2])
+def test_versus_that_is_no_class_or_the_target_is_refused_with_what_is_allowed(value):
+    with pytest.raises(RequestError) as caught:
+        LABELS.versus(read_parameters({"versus": value}).versus, [2])
+    checked(caught.value)
+    told = str(caught.value)
+    assert told.startswith("versus: ") and ("2, 3" in told if value == "crane" else told.endswith("runner_up or rest"))
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,10 +14,11 @@ from PIL import Image
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.errors import ExplainError
+from torchserve_explain.attribution.quality import QUALITIES
+from torchserve_explain.errors import ArchiveError, ExplainError, RequestError
 from torchserve_explain.serving import service as service_module
 from torchserve_explain.serving.service import RawRequest, Service, error_answer
-from torchserve_explain.serving.settings import Settings
+from torchserve_explain.serving.settings import Settings, read_settings
 
 CONFIG = {
     "classifier": {"architecture": "model.py"},
@@ -187,6 +188,89 @@ def test_what_is_echoed_makes_the_same_map_again(service):
     assert first["values"] == again["values"] and first["parameters"] == again["parameters"]
 
 
+def asked(service, **fields):
+    """Return the answers' explanations, or the refusal."""
+    (answer,) = answers(service, explain({"data": picture()} | {k: str(v).encode() for k, v in fields.items()}))
+    told = json.loads(answer.body)
+    return told["explanations"] if answer.status == 200 else (answer.status, told["message"])
+
+
+@pytest.mark.parametrize("score", ["logit", "probability"])
+def test_a_difference_is_told_with_what_it_is_compared_with(service, score):
+    plain = {one["target"]["index"]: one for one in asked(service, method="grad_cam", target="0,1,2,3,4", score=score)}
+    first, second = sorted(plain, key=lambda index: -plain[index]["target"]["score"])[:2]
+    (rival,) = asked(service, method="grad_cam", versus="runner_up", score=score)
+    assert (rival["target"]["index"], rival["versus"]["index"]) == (first, second) and "versus" not in plain[first]
+    assert rival["parameters"]["versus"] == second and rival["versus"]["label"] == str(second)
+    difference = plain[first]["target"]["score"] - plain[second]["target"]["score"]
+    assert rival["target"]["score"] == pytest.approx(difference, abs=1e-6)
+    assert rival["target"]["probability"] == pytest.approx(plain[first]["target"]["probability"])
+    (same,) = asked(service, method="grad_cam", target=first, versus=second, score=score)
+    assert same["heatmap"] == rival["heatmap"] and same["evaluations"] == 1
+    (rest,) = asked(service, method="grad_cam", versus="rest", score=score)
+    assert rest["versus"] == {"index": None, "label": "the rest", "probability": 1 - rest["target"]["probability"]}
+    if score == "probability":
+        assert rest["target"]["score"] == pytest.approx(2 * rest["target"]["probability"] - 1, abs=1e-6)
+
+
+def test_the_pass_that_predicts_answers_the_difference_too(service, monkeypatch):
+    sizes, evaluate = [], service.classifier.evaluate
+    monkeypatch.setattr(service.classifier, "evaluate", lambda x, *a, **o: (sizes.append(len(x)), evaluate(x, *a, **o))[1])
+    for versus in ("runner_up", "rest"):
+        asked(service, method="sensitivity,grad_cam", versus=versus)
+    assert sizes == [1, 1]
+    (first, second) = asked(service, method="sensitivity", target="0,1", versus=2, values="true")
+    assert first["values"] != second["values"] and sizes[2:] == [1, 1]
+
+
+def test_the_difference_is_in_the_report_and_the_contact_sheet(service):
+    index = asked(service, method="sensitivity", target=1)[0]["target"]["index"]
+    fields = {"data": picture(), "target": b"1", "versus": b"3", "method": b"grad_cam,sensitivity"}
+    html, png = answers(service, *(explain(fields | {"output": output}) for output in (b"html", b"png")))
+    assert index == 1 and b"<h2>grad_cam: 1 rather than 3</h2>" in html.body and b"Rather than" in html.body
+    assert png.status == 200
+
+
+def test_a_class_is_not_compared_with_itself(service):
+    predicted = asked(service, method="sensitivity")[0]["target"]["index"]
+    for fields in ({"target": "0,1", "versus": 1}, {"versus": predicted}):
+        status, message = asked(service, method="sensitivity", **fields)
+        assert (
+            status == 400
+            and message == f"versus: '{fields['versus']}' is the target itself; allowed: another class, runner_up or rest"
+        )
+    assert asked(service, versus="lion") == (
+        400,
+        "versus: 'lion' is no label; allowed: an index from 0 to 4, or a label, or runner_up or rest",
+    )
+    assert asked(service, method="lrp", versus="rest") == (
+        400,
+        "versus: lrp has no rule for a log-sum-exp; allowed: a class or runner_up",
+    )
+    settings = Settings.model_validate(CONFIG | {"explanations": {"defaults": {"target": "1", "versus": "1"}}})
+    with pytest.raises(RequestError, match="is the target itself"):
+        Service(service.classifier, [], settings, {})
+
+
+def test_an_archive_serves_the_methods_that_it_lists(service):
+    settings = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"], "defaults": {"method": "grad_cam"}}})
+    few = Service(service.classifier, [], settings, {"name": "few", "version": "1"})
+    report = json.loads(answers(few, explain({"body": b""}, ASKED | {"Accept": "application/json"}))[0].body)
+    assert [method["name"] for method in report["methods"]] == ["grad_cam"] and report["refused"] == {}
+    assert [one["method"] for one in asked(few, method="all")] == ["grad_cam"] and asked(few, method="lrp")[0] == 400
+    without = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"]}})
+    with pytest.raises(RequestError, match="'integrated_gradients' is not served by this archive"):
+        Service(service.classifier, [], without, {})
+    for wrong, why in ((["grad_cat"], "'grad_cat' is no method; allowed: integrated_gradients, "), ([], "at least 1 item")):
+        with pytest.raises(ArchiveError, match=why):
+            read_settings(CONFIG | {"explanations": {"methods": wrong}})
+
+
+def test_the_rule_of_a_path_is_told_where_it_is_no_default(service):
+    told = [asked(service, steps=3, **fields)[0]["parameters"] for fields in ({}, {"rule": "riemann"}, {"rule": "idgi"})]
+    assert [parameters.get("rule") for parameters in told] == [None, None, "idgi"]
+
+
 def test_the_first_client_finds_a_service_that_has_explained(service):
     assert service.warm_up(Engine(service.classifier, 8)).evaluations == 17
 
@@ -210,10 +294,10 @@ def test_a_quality_that_time_does_not_suffice_for_takes_no_explanation_with_it(s
     assert answer.status == 200
     if output == b"json":
         (one,) = json.loads(answer.body)["explanations"]
-        assert set(one["quality"].values()) == {None} and len(one["quality"]) == 4
+        assert set(one["quality"].values()) == {None} and len(one["quality"]) == len(QUALITIES)
         assert all("out of time" in details["reason"] for details in one["quality_details"].values())
     else:
-        assert answer.body.count(b"not measured: out of time") == 4
+        assert answer.body.count(b"not measured: out of time") == len(QUALITIES)
 
 
 def test_a_small_maps_pictures_are_large_enough_to_be_looked_at(service):

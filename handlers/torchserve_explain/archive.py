@@ -50,8 +50,8 @@ class Archive:
             _check_format(path, folder)
             settings = read_settings(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {})
             height, width = (scale * side for side in settings.preprocessing.size)
-            classifier = load_classifier(folder, settings, device, (height, width))
             labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
+            classifier = load_classifier(folder, settings, device, (height, width), len(labels))
             if labels and len(labels) != classifier.classes:
                 raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
             names = labels or [str(index) for index in range(classifier.classes)]
@@ -62,7 +62,9 @@ class Archive:
         return [index for index, name in enumerate(self.labels) if name == label]
 
 
-def load_classifier(folder: Path, settings: Settings, device: torch.device | str, size: tuple[int, int]) -> Classifier:
+def load_classifier(
+    folder: Path, settings: Settings, device: torch.device | str, size: tuple[int, int], labels: int = 0
+) -> Classifier:
     """Build the network of an unpacked archive for inputs of height and width `size`; raises ArchiveError."""
     try:
         state = load_file(folder / WEIGHTS)
@@ -71,7 +73,8 @@ def load_classifier(folder: Path, settings: Settings, device: torch.device | str
     network = build_network(settings.classifier.architecture, folder, state)
     low = torch.bfloat16 if settings.explanations.arithmetic == "bfloat16" and _has_bfloat16(device) else None
     try:
-        return Classifier(network, settings.preprocessing.normalization, size, device, low)
+        head = settings.classifier.head
+        return Classifier(network, settings.preprocessing.normalization, size, device, low, head, labels)
     except ValueError as error:
         raise ArchiveError(str(error)) from None
     except RuntimeError as error:

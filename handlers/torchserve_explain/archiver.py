@@ -76,7 +76,7 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
     config = _first(options.config, folder / CONFIG) or DEFAULT_CONFIG
     content = complete(read_config(config))
     if options.arch or options.model:
-        content["classifier"] = {"architecture": options.arch or MODEL}
+        content["classifier"] = {**(content.get("classifier") or {}), "architecture": options.arch or MODEL}
     if not content.get("classifier"):
         raise ArchiveError(
             "the architecture is missing: give --arch or --model, or 'classifier: {architecture: resnet18}' in " + CONFIG

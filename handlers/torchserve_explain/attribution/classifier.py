@@ -14,10 +14,12 @@ from torch.autograd.graph import GradientEdge
 
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
+from torchserve_explain.attribution.heads import Head, fit_head
 from torchserve_explain.attribution.interruption import interrupted, is_independent, sharing_copy
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
-from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score, Versus
+from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
 from torchserve_explain.errors import Unsupported
 
@@ -51,8 +53,8 @@ class Classifier:
 
     The module is copied, put into evaluation mode, frozen, its batch norms and paddings folded (exact up to rounding) and
     laid out channels-last. With `narrow` arithmetic, such as bfloat16, rows that want no gradient at the image are
-    evaluated in it; predictions never are. Raises ValueError where its output is not [n, classes] with at least two
-    classes.
+    evaluated in it; predictions never are. What its outputs mean is its `head`, found where it is None and `labels` (their
+    number) do not contradict. Raises ValueError where the output is not [n, classes], or is no head's.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Classifier:
         size: tuple[int, int],
         device: torch.device | str = "cpu",
         narrow: torch.dtype | None = None,
+        head: Head | None = None,
+        labels: int = 0,
     ) -> None:
         self.device = torch.device(device)
         self.normalization = normalization
@@ -69,7 +73,8 @@ class Classifier:
         self._model.to(self.device).to(memory_format=torch.channels_last)
         self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
-        self.classes = self._count_classes()
+        self.head = fit_head(self._model, self.example, head, labels)
+        self.classes = self.logits(self.example).shape[1]
         self._check_rows()
         self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
@@ -125,14 +130,15 @@ class Classifier:
         activations: Sequence[str] = (),
         rule: BackwardRule | None = None,
         precise: bool = False,
+        versus: Sequence[Versus | None] = (),
         pause: Callable[[], None] | None = None,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
-        A target None is the predicted class; `precise` rows are never evaluated in low precision. Without `each` the
-        gradients to the input are known as weighted sums only. With layers alone the backward pass goes no further than
-        the first of them; `activations` are layers whose output alone is wanted. `pause` is called between layers, but
-        for a pass under a rule, and may run passes of `aside`.
+        A target None is the predicted class; `versus` is what each row's score is compared with, if anything. `precise`
+        rows are never evaluated in low precision. Without `each` the gradients to the input are known as weighted sums
+        only. With layers alone the backward pass goes no further than the first of them; `activations` are layers whose
+        output alone is wanted. `pause` is called between layers, but for a pass under a rule, and may run passes of `aside`.
         """
         model = self._model if rule is None else self._changed(rule)
         if not precise and self._narrow is not None and rule is None and not gradient:
@@ -146,8 +152,8 @@ class Classifier:
             interrupted(model, pause if rule is None else None),
         ):
             logits = model(x.clone())  # a clone, should the model work in place
-            selected = _select(logits, targets, scores)
-        early, *to_layers = _gradients(selected, [edges[0] if edges else x, *(outputs[name] for name in layers)])
+            explained = selected(self.head, logits, targets, scores, versus)
+        early, *to_layers = _gradients(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
             found = Gradients(None, early, stem.pull)
@@ -156,7 +162,7 @@ class Classifier:
             found = Gradients(to_input, to_input, lambda gradient: gradient)
         return Evaluation(
             logits.detach(),
-            selected.detach(),
+            explained.detach(),
             found,
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
             {name: self._grid(name, outputs[name]) for name in activations},
@@ -216,13 +222,6 @@ class Classifier:
         if not _alike(first, beside):
             raise ValueError("the model's answer to an image depends on the other images of its pass")
 
-    def _count_classes(self) -> int:
-        output = self.logits(self.example)
-        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")
-        return output.shape[1]
-
 
 def _changes(model: nn.Module) -> Callable[[BackwardRule], nn.Module]:
     """Return what makes the model changed by a rule; a few are kept: each holds layers, and a client chooses parameters."""
@@ -269,18 +268,6 @@ def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     """Whether logits agree within a fraction of the largest, or both are not finite."""
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-def _select(logits: Tensor, targets: Sequence[int | None], scores: Sequence[Score]) -> Tensor:
-    """Return each row's score of its target [n]."""
-    predicted = logits.detach().argmax(1).tolist() if None in targets else []
-    chosen_classes = [predicted[row] if target is None else target for row, target in enumerate(targets)]
-    index = torch.tensor(chosen_classes, device=logits.device)[:, None]
-    chosen = logits.gather(1, index)[:, 0]
-    if Score.PROBABILITY not in scores:
-        return chosen
-    as_probability = torch.tensor([s is Score.PROBABILITY for s in scores], device=logits.device)
-    return torch.where(as_probability, logits.softmax(1).gather(1, index)[:, 0], chosen)
 
 
 def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:

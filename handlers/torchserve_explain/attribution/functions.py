@@ -186,13 +186,13 @@ def node_names(last: Any) -> Iterator[str]:
         before = [one for one, _ in node.next_functions if one is not None]
         waiting += before
         if before:
-            name = _operation(node)
+            name = operation_name(node)
             joins = len(before) > 1 and name not in ("Cat", "Stack")
             divides = name == "Div" and node.next_functions[0][0] is None
             yield f"{name} of two" if joins else f"{name} by the image" if divides else name
 
 
-def _operation(node: Any) -> str:
+def operation_name(node: Any) -> str:
     """Return an operation's name; a function of the user's own keeps its whole name, which no rule knows."""
     full = type(node).__name__
     name = full.rstrip("0123456789").removesuffix("Backward") if full[-1].isdecimal() else full

@@ -7,7 +7,7 @@ import torch
 
 from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.rows import Contrast, Score
 from torchserve_explain.errors import NotFinite, Unsupported
 
 
@@ -37,7 +37,10 @@ class Job:
     def compute(self) -> Computation[Attribution]:
         """Ask for the job's rows and return its map; raises Unsupported, NotFinite."""
         if self.case.score is Score.PROBABILITY and not self.method.explains_probability:
-            raise Unsupported(f"{type(self.method).__name__} has no rule for the softmax; allowed: score=logit")
+            head = self.case.classifier.head
+            raise Unsupported(f"{type(self.method).__name__} has no rule for the {head}; allowed: score=logit")
+        if self.case.versus is Contrast.REST and not self.method.explains_probability:
+            raise Unsupported(f"{type(self.method).__name__} has no rule for a log-sum-exp; allowed: versus a class")
         attribution = yield from self._attribute()
         scalars = (attribution.baseline_score or 0.0, attribution.completeness_error or 0.0)
         if not (torch.isfinite(attribution.map).all() and all(map(isfinite, scalars))):

@@ -129,5 +129,6 @@ class Passes:
             activations=sorted({layer for rows in wanted for layer in rows.activations}),
             rule=wanted[0].rule,
             precise=any(rows.precise for rows in wanted),
+            versus=[rows.versus for rows in wanted],
             pause=pause,
         )

@@ -1,86 +1,27 @@
 """Quality: what further evaluations of the model say of an explanation that has been made."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from math import isfinite, nan
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from math import nan
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from skimage.metrics import structural_similarity as ssim
 from torch import Tensor
 
+from torchserve_explain.attribution.complexity import Complexity, Sparseness
 from torchserve_explain.attribution.computation import Computation, together
 from torchserve_explain.attribution.job import Job
+from torchserve_explain.attribution.measure import Measurement, Quality, QualityScore, pixel_ranks, target_probabilities
 from torchserve_explain.attribution.methods import Attribution, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import Draw, scores_into, stacked
-from torchserve_explain.attribution.rows import Score
-from torchserve_explain.errors import NotFinite
+from torchserve_explain.attribution.removal import Road, SingleDeletion
+from torchserve_explain.errors import Unsupported
 
-QUALITIES: dict[str, type["Quality"]] = {}
-
-Q = TypeVar("Q", bound=type["Quality"])
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class QualityScore:
-    """A quality's value, and the curve that it is the area of, if it is one."""
-
-    value: float
-    curve: tuple[float, ...] | None = None
-
-
-class Quality:
-    """A measure of an explanation; its dataclass fields are the settings that are told with it."""
-
-    @property
-    def repeats(self) -> int:
-        """How many times it explains anew."""
-        return 0
-
-    def rows(self) -> int:
-        """Return how many rows it costs beside the repeated explanations."""
-        return 0
-
-    def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
-        """Ask for rows and return the measure of the job's attribution."""
-        raise NotImplementedError
-
-    def settings(self) -> dict[str, object]:
-        """Return what it was measured with."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A quality of a job's attribution, to be measured by the engine."""
-
-    quality: Quality
-    job: Job
-    attribution: Attribution
-
-    @property
-    def evaluations(self) -> int:
-        """How many evaluations it takes, or the least of them."""
-        return self.quality.repeats * self.job.evaluations + self.quality.rows()
-
-    def compute(self) -> Computation[QualityScore]:
-        """Ask for the measure's rows and return it; raises NotFinite."""
-        score = yield from self.quality.measure(self.job, self.attribution)
-        if not isfinite(score.value):
-            raise NotFinite("the quality of this explanation is not a finite number")
-        return score
-
-
-def _register(name: str) -> Callable[[Q], Q]:
-    def decorate(quality: Q) -> Q:
-        QUALITIES[name] = quality
-        return quality
-
-    return decorate
-
-
-@_register("max_sensitivity")
 @dataclass(frozen=True)
 class MaxSensitivity(Quality):
     """How far the map can move when the image hardly does: the largest change over random perturbations, lower is better.
@@ -110,7 +51,6 @@ class MaxSensitivity(Quality):
         return replace(case, input=case.input + torch.from_numpy(moved).to(case.input), known_score=nan)
 
 
-@_register("infidelity")
 @dataclass(frozen=True)
 class Infidelity(Quality):
     """How badly the map foretells what hiding a part does to the score, lower is better.
@@ -167,29 +107,16 @@ class _Curve(Quality):
         raise NotImplementedError
 
     def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
-        case, probabilities = replace(job.case, score=Score.PROBABILITY), list[float]()
-        first, last = self.between(case)
-        rank = self.rank(case, attribution)
+        first, last = self.between(job.case)
+        ranks = pixel_ranks(job.case, attribution)
 
         def changed(step: int) -> Tensor:
-            return torch.where(rank < step * rank.numel() / self.steps, last, first)
+            return torch.where(ranks < step * ranks.numel() / self.steps, last, first)
 
-        yield [case.rows(self.steps + 1, stacked(changed), scores_into(probabilities), gradient=False)]
+        probabilities = yield from target_probabilities(job.case, self.steps + 1, changed)
         return QualityScore(float(np.trapezoid(probabilities) / self.steps), tuple(probabilities))
 
-    def rank(self, case: Case, attribution: Attribution) -> Tensor:
-        """Return each pixel's place [H, W] in the order of falling values; equal ones in random order."""
-        values = attribution.map.sum(0).flatten()
-        shuffled = torch.from_numpy(case.draw(Draw.ORDER, 0).permutation(values.numel())).to(values.device)
-        order = shuffled[values[shuffled].argsort(descending=True, stable=True)]
-        return (
-            torch.empty_like(order)
-            .scatter_(0, order, torch.arange(len(order), device=order.device))
-            .view(attribution.map.shape[1:])
-        )
 
-
-@_register("deletion")
 @dataclass(frozen=True)
 class Deletion(_Curve):
     """Area under the target's probability while the most relevant pixels are blacked out first: lower is better.
@@ -203,7 +130,6 @@ class Deletion(_Curve):
         return case.input, self.baseline.image(case)
 
 
-@_register("insertion")
 @dataclass(frozen=True)
 class Insertion(_Curve):
     """Area under the target's probability while the most relevant pixels come into the blurred image first: higher is better.
@@ -215,3 +141,57 @@ class Insertion(_Curve):
 
     def between(self, case: Case) -> tuple[Tensor, Tensor]:
         return self.baseline.image(case), case.input
+
+
+@dataclass(frozen=True)
+class RandomLogit(Quality):
+    """How alike the map is to that of another class, drawn at random, which the model was not asked about: lower is better.
+
+    Structural similarity (SSIM) of both maps, each over its largest absolute value; 1: they are the same;
+    arXiv:1912.09818.
+    """
+
+    similarity: str = "ssim"
+
+    @property
+    def repeats(self) -> int:
+        return 1
+
+    def measure(self, job: Job, attribution: Attribution) -> Computation[QualityScore]:
+        other = replace(job, case=self.other(job.case)).compute()
+        maps: list[Attribution] = []
+        yield from together([other], maps.append)
+        return QualityScore(structural_similarity(*(one.map.sum(0).double().cpu().numpy() for one in (attribution, *maps))))
+
+    def other(self, case: Case) -> Case:
+        """Return the case of another class; raises Unsupported where there is none."""
+        classes = [index for index in range(case.classifier.classes) if index != case.target]
+        if not classes:
+            raise Unsupported("the model has no other output to compare with")
+        drawn = classes[int(case.draw(Draw.CLASS, 0).integers(len(classes)))]
+        versus = case.target if drawn == case.versus else case.versus
+        return replace(case, target=drawn, versus=versus, known_score=nan, known=None)
+
+
+def structural_similarity(first: Floats, second: Floats) -> float:
+    """Return the SSIM of two maps [H, W], each over its largest absolute value."""
+    scaled = [values / (np.abs(values).max() or 1.0) for values in (first, second)]
+    spread = max(float(np.max(scaled) - np.min(scaled)), 1e-12)
+    side = min(7, *first.shape)
+    found: float = ssim(*scaled, win_size=side - 1 + side % 2, data_range=spread)  # type: ignore[no-untyped-call]
+    return float(found)
+
+
+QUALITIES: dict[str, type[Quality]] = {
+    "max_sensitivity": MaxSensitivity,
+    "infidelity": Infidelity,
+    "deletion": Deletion,
+    "insertion": Insertion,
+    "sparseness": Sparseness,
+    "complexity": Complexity,
+    "random_logit": RandomLogit,
+    "single_deletion": SingleDeletion,
+    "road": Road,
+}
+
+__all__ = ["QUALITIES", "Measurement", "Quality", "QualityScore"]

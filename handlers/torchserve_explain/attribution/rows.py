@@ -15,10 +15,24 @@ from torch import Tensor, nn
 
 
 class Score(StrEnum):
-    """What is explained: the target's logit, or its softmax probability."""
+    """What is explained: the target's logit, or the probability that the classifier's head makes of it."""
 
     LOGIT = "logit"
     PROBABILITY = "probability"
+
+
+class Contrast(StrEnum):
+    """What a target's score is compared with where that is no class of the client's choice.
+
+    `runner_up` is the likeliest class beside the target at the image; `rest` are all others: their log-sum-exp for
+    logits, their sum for probabilities.
+    """
+
+    RUNNER_UP = "runner_up"
+    REST = "rest"
+
+
+Versus = int | Contrast  # a class, or what stands for one
 
 
 class BackwardRule(Protocol):
@@ -94,18 +108,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Known:
-    """The evaluation of one row that has been made already: of which input, target and score, and the seconds it took."""
+    """The evaluation of one row that has been made already: of which input and score, and the seconds it took."""
 
     evaluation: Evaluation
     input: Tensor
     target: int
     score: Score
     seconds: float
+    versus: Versus | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
     """`count` evaluations of one target's score; `target` None is the class that the model predicts for each row.
+
+    With `versus` the score is the target's less that of another class, or of what stands for one.
 
     `inputs(start, stop)` makes rows start..stop-1 as [n, C, H, W] when they are due, and must make the
     same rows when asked again (a pass that ran out of memory is repeated). `consume(start, evaluation)`
@@ -129,3 +146,4 @@ class Rows:
     precise: bool = False
     passes: int = 1
     known: Known | None = None
+    versus: Versus | None = None

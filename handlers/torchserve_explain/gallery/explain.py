@@ -15,9 +15,10 @@ from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
+from torchserve_explain.attribution.rows import Contrast
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
 from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
-from torchserve_explain.gallery.question import LABEL, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
+from torchserve_explain.gallery.question import LABEL, NOTHING, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
@@ -136,15 +137,13 @@ class Run:
             self._keep(one, outcome)
 
     def _plan(self, due: Due, logits: Tensor) -> Iterator[Planned]:
-        """Plan a picture's maps; of several classes that share its label the likeliest is explained."""
+        """Plan a picture's maps."""
         if not logits.isfinite().all():
             self.skipped[due.sample.path] = "the model's logits are not finite numbers for this image"
             return
-        predicted = self._question.target == PREDICTED
-        classes = [int(logits.argmax())] if predicted else self._archive.classes(due.sample.label)
-        target = max(classes, key=lambda index: float(logits[index]))
+        target, versus = self._question.classes(due.sample.label, logits)
         for name in due.names:
-            yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
+            yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, versus, logits))
 
     def _keep(self, one: Planned, outcome: Outcome[Attribution]) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
@@ -170,8 +169,9 @@ class Run:
 
     def _facts(self, one: Planned) -> Record:
         """Return what a record tells whatever came of the map."""
-        probabilities, predicted, sample = one.logits.softmax(0), int(one.logits.argmax()), one.due.sample
-        own, labels, target = self._archive.classes(sample.label), self._archive.labels, one.job.case.target
+        probabilities = self._archive.classifier.head.probabilities(one.logits)
+        predicted, sample = int(one.logits.argmax()), one.due.sample
+        own, labels, case = self._archive.classes(sample.label), self._archive.labels, one.job.case
         return {
             "path": sample.path,
             "digest": one.due.digest,
@@ -184,8 +184,9 @@ class Run:
             "probability": float(probabilities[predicted]),
             "label_probability": float(probabilities[own].max()) if own else None,
             "correct": predicted in own if own else None,
-            "target": labels[target],
-            "target_probability": float(probabilities[target]),
+            "target": labels[case.target],
+            "target_probability": float(probabilities[case.target]),
+            "versus": labels[case.versus] if isinstance(case.versus, int) else case.versus,
             FAILED: None,
         }
 
@@ -196,6 +197,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
     command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
     command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
+    contrasts = (LABEL, *Contrast, NOTHING)
+    command.add_argument("--versus", choices=contrasts, default=LABEL, help="what the class is compared with; the label: "
+                         "only where the prediction is wrong (default: %(default)s)")  # fmt: skip
     command.add_argument("--set", type=pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
     command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
@@ -211,7 +215,8 @@ def main(options: argparse.Namespace) -> int:
         samples = find_samples(options.data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
             raise ArchiveError(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
-        run = Run(ask(archive, options.methods, options.target, dict(options.set)), options.data, out)
+        question = ask(archive, options.methods, options.target, dict(options.set), options.versus)
+        run = Run(question, options.data, out)
         run.explain(samples, options.batch)
     except (ArchiveError, RequestError, AttributionError, ValueError, OSError) as reason:
         print(f"explain: {reason}", file=sys.stderr)
@@ -221,7 +226,8 @@ def main(options: argparse.Namespace) -> int:
         return 130
     for path, why in run.skipped.items():
         print(f"skipped {path}: {why}")
-    overview = Overview(options.name, archive.labels, options.data.resolve().name, options.target, run.skipped)
+    told = (options.data.resolve().name, options.target, options.versus)
+    overview = Overview(options.name, archive.labels, *told, run.skipped)
     print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview)}")
     return 0
 

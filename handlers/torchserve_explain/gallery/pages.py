@@ -37,12 +37,14 @@ def seen_path(out: Path, record: Record) -> Path:
 
 @dataclass(frozen=True)
 class Overview:
-    """What the pages tell beside the records: the classifier, its labels, the folder, what is explained, what is skipped."""
+    """What the pages tell beside the records: the classifier, its labels, the folder, what is explained, what it is
+    compared with, and what is skipped."""
 
     classifier: str
     labels: Sequence[str]
     folder: str
     target: str
+    versus: str
     skipped: Mapping[str, str]
 
 

@@ -10,16 +10,20 @@ from pathlib import Path
 from torch import Tensor
 
 from torchserve_explain.archive import Archive
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case, Method
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.rows import Contrast, Versus
+from torchserve_explain.attribution.scores import resolved, score_of
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.records import SUFFIXES
 from torchserve_explain.serving.errors import shown
 from torchserve_explain.serving.parameters import Capabilities, Parameters, read_parameters
 
 PREDICTED, LABEL = "predicted", "label"  # the class that is explained
-APART = {"method", "target", "output", "values", "quality", "audit"}  # options of their own, or of an answer to a client
+NOTHING = "nothing"  # that it is compared with
+# Options of their own, or of an answer to a client.
+APART = {"method", "target", "versus", "output", "values", "quality", "audit"}
 NAMED = 20  # labels that an error names, the nearest ones
 
 
@@ -61,32 +65,47 @@ def _pictures(folder: Path, paths: Iterator[Path]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every picture: the methods under the names that their maps get, and which class they explain."""
+    """What is asked of every picture: the methods under the names that their maps get, which class they explain, and
+    what it is compared with: nothing, a contrast, or where the prediction is wrong the label."""
 
     archive: Archive
     parameters: Parameters
     methods: dict[str, Method]
     target: str
+    versus: str = LABEL
 
     @cached_property
     def settings(self) -> dict[str, str]:
         """All that a map and its overlay depend on beside the picture, for each map's name, as a digest."""
         asked, limits = self.parameters, self.archive.settings.explanations.limits
-        common = (self.archive.digest, self.target, asked.smoother(), asked.score, asked.seed, limits.path_evaluations)
+        explained = (self.target, self.versus, asked.score)
+        common = (self.archive.digest, explained, asked.smoother(), asked.seed, limits.path_evaluations)
         drawing = (asked.colormap, asked.overlay, asked.clip)
         return {name: digest_of(repr((common, drawing, method)).encode()) for name, method in self.methods.items()}
 
-    def job(self, name: str, image: Tensor, target: int, logits: Tensor) -> Job:
+    def classes(self, label: str | None, logits: Tensor) -> tuple[int, Versus | None]:
+        """Return the class of a picture with logits [classes] that is explained, and what it is compared with.
+
+        Of several classes that share its label the likeliest counts.
+        """
+        predicted = int(logits.argmax())
+        own = max(self.archive.classes(label), key=lambda index: float(logits[index]), default=predicted)
+        target = predicted if self.target == PREDICTED else own
+        if self.versus == LABEL:
+            return target, None if own == target else own
+        return target, None if self.versus == NOTHING else resolved(Contrast(self.versus), logits, target)
+
+    def job(self, name: str, image: Tensor, target: int, versus: Versus | None, logits: Tensor) -> Job:
         """Return the job of a map of an image [C, H, W] with logits [classes]."""
         classifier, asked = self.archive.classifier, self.parameters
-        scores = logits if asked.score is Score.LOGIT else logits.softmax(0)
+        score = score_of(classifier.head, logits, target, asked.score, versus)
         budget = self.archive.settings.explanations.limits.path_evaluations
         placed = image.to(classifier.device, classifier.dtype)
-        case = Case(classifier, placed, target, asked.score, float(scores[target]), asked.seed, budget=budget)
+        case = Case(classifier, placed, target, asked.score, score, asked.seed, budget=budget, versus=versus)
         return Job(self.methods[name], case, asked.smoother())
 
 
-def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str]) -> Question:
+def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str], versus: str = LABEL) -> Question:
     """Read the methods' names and `given` parameters as the server does, the archive's defaults beneath.
 
     Raises ArchiveError, RequestError or Unsupported, naming what is allowed.
@@ -94,15 +113,19 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
     allowed = [name for name in Parameters.model_fields if name not in APART]
     if unknown := [name for name in given if name not in allowed]:
         raise ArchiveError(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
+    if archive.classifier.head is Head.NONE:
+        raise ArchiveError("the archive answers quantities; allowed: a classifier, by whose classes a gallery is sorted")
     parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
     chosen: dict[str, Method] = {}
-    for name in Capabilities(archive.classifier).choose(parameters.method, parameters.score):
+    contrast = Contrast(versus) if versus in list(Contrast) else None
+    capabilities = Capabilities(archive.classifier, archive.settings.explanations.methods)
+    for name in capabilities.choose(parameters.method, parameters.score, contrast):
         for method in (several := parameters.methods(name)):
             layer = getattr(method, "layer", None)
             if layer is not None:
                 archive.classifier.grid_layer(layer)
             chosen[name if len(several) == 1 else f"{name}-{layer}"] = method
-    return Question(archive, parameters, chosen, target)
+    return Question(archive, parameters, chosen, target, versus)
 
 
 def digest_of(data: bytes) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
+from torchserve_explain.attribution.methods.path import PathRule
 from torchserve_explain.attribution.quality import Quality, QualityScore
 from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving.capabilities import first_sentence
@@ -57,15 +58,27 @@ class Answer:
 
 @dataclass(frozen=True)
 class Class:
-    """A class and what the model says of it for this image."""
+    """A class and what the model says of it for this image: its probability, or the value of a quantity.
 
-    index: int
+    All classes but one together have no index, and a probability only where all of them have one.
+    """
+
+    index: int | None
     label: str
-    probability: float
+    probability: float | None
+    value: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of it."""
-        return {"index": self.index, "label": self.label, "probability": self.probability}
+        told = {"index": self.index, "label": self.label, "probability": self.probability}
+        return told if self.value is None else told | {"value": self.value}
+
+    @property
+    def measure(self) -> str:
+        """Its probability or value in words, empty where it has neither."""
+        if self.probability is not None:
+            return f"{self.probability:.1%}"
+        return "" if self.value is None else f"{self.value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,12 @@ class Explanation:
     parameters: Parameters
     picture: Picture
     measured: dict[str, tuple[Quality, Outcome[QualityScore]]] = field(default_factory=dict)
+    versus: Class | None = None
+
+    @property
+    def question(self) -> str:
+        """What is explained: a class, or one rather than another."""
+        return self.target.label if self.versus is None else f"{self.target.label} rather than {self.versus.label}"
 
     @property
     def method(self) -> str:
@@ -101,11 +120,13 @@ class Explanation:
         own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
         if own.get("steps") is not None:
             own.pop("max_error", None)
+        if own.get("rule") is PathRule.RIEMANN:  # told only where it is the other: a default answer stays as it was
+            own.pop("rule")
         if "layer" in own:
             own["layer"] = self.job.case.classifier.grid_layer(str(own["layer"]))
         if (smoothing := self.job.smoothing) is not None:
             own |= {"smoothing": smoothing.kind, "samples": smoothing.samples, "stdev": smoothing.stdev}
-        own |= {"score": self.job.case.score, "seed": self.job.case.seed}
+        own |= {"score": self.job.case.score, "versus": self.job.case.versus, "seed": self.job.case.seed}
         return {key: value for key, value in own.items() if value is not None}
 
     def as_json(self) -> dict[str, Any]:
@@ -130,6 +151,8 @@ class Explanation:
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
+        if self.versus is not None:
+            told["versus"] = self.versus.as_json()
         if self.measured:
             told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
         if self.parameters.values:
@@ -189,7 +212,7 @@ def as_png(report: Report) -> Answer:
         drawn = report.explanations[0].drawn
         return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
     predicted = report.predicted
-    cells = [Cell(report.explanations[0].drawn.seen, predicted.label, f"predicted, {predicted.probability:.1%}")]
+    cells = [Cell(report.explanations[0].drawn.seen, predicted.label, f"predicted, {predicted.measure}")]
     cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in report.explanations]
     return Answer(png(contact_sheet(cells)), "image/png")
 
@@ -236,7 +259,7 @@ def html_answer(html: str) -> Answer:
 
 def describe(explanation: Explanation) -> str:
     """Say in a few words what was explained, and with what error."""
-    told = f"{explanation.target.label}, {explanation.target.probability:.1%}"
+    told = f"{explanation.question}, {explanation.target.measure}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
     error = explanation.explained.value.completeness_error
@@ -245,8 +268,19 @@ def describe(explanation: Explanation) -> str:
 
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
-    environment.filters |= {"describe": describe, "points": _points, "meaning": lambda one: first_sentence(type(one))}
+    environment.filters |= {
+        "exactly": _exactly,
+        "describe": describe,
+        "points": _points,
+        "meaning": lambda one: first_sentence(type(one)),
+    }
     return environment
+
+
+def _exactly(told: Class) -> str:
+    """Return a class's probability or value to four places, ready for more to follow."""
+    pairs = (("probability", told.probability), ("value", told.value))
+    return "".join(f"{name} {number:.4f}, " for name, number in pairs if number is not None)
 
 
 def _points(curve: Sequence[float]) -> str:

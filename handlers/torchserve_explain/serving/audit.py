@@ -120,7 +120,7 @@ def _map_record(explanation: Explanation) -> MapRecord:
     values = np.ascontiguousarray(explanation.values, "<f4")
     return MapRecord(
         method=explanation.method,
-        target=explanation.target.index,
+        target=explanation.job.case.target,
         score=explanation.job.case.known_score,
         parameters=explanation.used(),
         budget=explanation.job.case.budget,

@@ -16,7 +16,7 @@ from torchserve_explain.serving.parameters import Capabilities, Labels, Paramete
 
 STOPS = 16  # colours that stand for a colour map of 256
 KINDS: dict[Any, str] = {bool: "flag", int: "whole", float: "number"}
-SUGGESTED = {"target": "labels", "layer": "layers"}  # parameters that are free text with known values
+SUGGESTED = {"target": "labels", "versus": "labels", "layer": "layers"}  # parameters that are free text with known values
 
 
 def capability_report(
@@ -76,7 +76,8 @@ def _range(info: FieldInfo) -> dict[str, Any]:
         return {"kind": "choices" if get_origin(leaf) is tuple else "choice", "allowed": extra["enum"]}
     if allowed := _allowed(leaf):
         return {"kind": "choice", "allowed": allowed}
-    return {"kind": KINDS.get(leaf, "text")} | _bounds(info)
+    also = {"also": extra["also"]} if "also" in extra else {}
+    return {"kind": KINDS.get(leaf, "text")} | also | _bounds(info)
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

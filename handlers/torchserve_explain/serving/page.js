@@ -72,19 +72,21 @@ async function predict() {
 }
 
 function predictionParts(classes) {
-  const [label, probability] = classes[0];
+  const quantity = report.head === "none";
+  const told = quantity ? short : percent;
+  const [label, measure] = classes[0];
   const rows = classes.map(([name, share]) => {
-    const parts = [make("span", { textContent: name }), make("span", { className: "number", textContent: percent(share) })];
+    const parts = [make("span", { textContent: name }), make("span", { className: "number", textContent: told(share) })];
     const named = report.labels.indexOf(name) === report.labels.lastIndexOf(name) && report.labels.includes(name);
     const inside = named ? make("button", { type: "button", value: name, title: "Ask why this one" }, ...parts)
       : make("span", { className: "plain" }, ...parts); // two classes share the name
     const row = make("li", {}, inside);
-    row.style.setProperty("--share", `${100 * share}%`);
+    if (!quantity) row.style.setProperty("--share", `${100 * share}%`);
     if (named) inside.addEventListener("click", () => chooseTarget(name));
     return row;
   });
   return [
-    make("p", {}, "It looks like ", make("b", { textContent: label }), ` (${percent(probability)}).`),
+    make("p", {}, quantity ? "It answers " : "It looks like ", make("b", { textContent: label }), ` (${told(measure)}).`),
     make("ul", { className: "bars" }, ...rows),
     make("small", { textContent: "Choose a class to ask why that one." }),
   ];

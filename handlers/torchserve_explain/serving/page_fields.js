@@ -5,10 +5,13 @@ const report = JSON.parse(find("#report").textContent);
 const form = find("#form");
 const LISTED = 5000; // suggestions that a browser still lists quickly
 const OWN = new Set(["method", "output", "values", "audit"]); // the page chooses these itself
+const FIRST = new Set(["target", "versus"]); // beside the methods, not among the settings
+const EMPTY = { target: "the predicted class", versus: "nothing: the class by itself" };
 
 const words = (name) => name.replaceAll("_", " ");
 const sentence = (text) => text[0].toUpperCase() + text.slice(1);
-const title = (name) => sentence(words(name));
+const TITLES = { versus: "Rather than" };
+const title = (name) => TITLES[name] ?? sentence(words(name));
 const methodTitle = (name) => (name.length <= 4 ? name.toUpperCase() : title(name)); // LIME, but Saliency
 const told = (value) => (Array.isArray(value) ? value.join(", ") : String(value ?? ""));
 
@@ -64,8 +67,10 @@ function suggestions(values) {
 function text(name, parameter, id) {
   const input = make("input", { id, name, type: "text", autocomplete: "off", spellcheck: false });
   const values = report[parameter.suggestions] ?? [];
-  if (values.length && values.length <= LISTED) {
-    form.append(make("datalist", { id: `${id}-list` }, ...suggestions(values)));
+  const also = (parameter.also ?? []).map((value) => make("option", { value }));
+  const listed = [...also, ...(values.length <= LISTED ? suggestions(values) : [])];
+  if (listed.length) {
+    form.append(make("datalist", { id: `${id}-list` }, ...listed));
     input.setAttribute("list", `${id}-list`);
   }
   return input;
@@ -96,7 +101,7 @@ function fieldRow(name, parameter) {
 
 function buildFields() {
   for (const [name, parameter] of Object.entries(report.parameters)) {
-    if (!OWN.has(name)) find(name === "target" ? "#first-fields" : "#fields").append(fieldRow(name, parameter));
+    if (!OWN.has(name)) find(FIRST.has(name) ? "#first-fields" : "#fields").append(fieldRow(name, parameter));
   }
 }
 
@@ -138,6 +143,6 @@ function updateFields() {
     const usual = [...new Set([defaults].flat())].map(told).join(" or ");
     const control = find("select, input", row);
     if (control.options) control.options[0].textContent = usual ? `${words(usual)} (default)` : "default";
-    else if (control.type !== "checkbox") control.placeholder = usual || (name === "target" ? "the predicted class" : "");
+    else if (control.type !== "checkbox") control.placeholder = usual || (EMPTY[name] ?? "");
   }
 }

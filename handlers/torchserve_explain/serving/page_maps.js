@@ -2,17 +2,21 @@
 
 const percent = (fraction) => `${(100 * fraction).toFixed(fraction < 0.001 || fraction > 0.999 ? 2 : 1)} %`;
 const short = (value) => String(Number(value.toPrecision(3)));
+// A class's probability, or a quantity's value.
+const measured = ({ probability, value }) => [probability == null ? "" : `, ${percent(probability)}`, value == null ? "" : `, ${short(value)}`].join("");
 const png = (base64) => `data:image/png;base64,${base64}`;
 
+const question = ({ target, versus }) => (versus ? `${target.label} rather than ${versus.label}` : target.label);
+
 // What the colours of a map say, in one sentence.
-function meaning({ heatmap, target }) {
+function meaning({ heatmap, target, versus }) {
   const { colormap, from } = heatmap.scale;
+  const score = `the score of “${target.label}”${versus ? ` over that of “${versus.label}”` : ""}`;
   if (from < 0) {
     const [up, down] = colormap.split("_");
     const [raised, lowered] = down ? [up, down] : ["The right end's colour", "the left end's"];
-    return `${sentence(raised)} raised the score of “${target.label}”, ${lowered} lowered it; what stays grey hardly mattered.`;
+    return `${sentence(raised)} raised ${score}, ${lowered} lowered it; what stays grey hardly mattered.`;
   }
-  const score = `the score of “${target.label}”`;
   if (heatmap.minimum < 0) return `The brighter, the more a place raised ${score}; what lowered it is not shown.`;
   return `The brighter, the more ${score} depends on that place.`;
 }
@@ -24,8 +28,9 @@ function completeness({ completeness_error: error, baseline_score: baseline, tar
 }
 
 function facts(explanation) {
-  const { target, parameters, evaluations, milliseconds, quality } = explanation;
-  const rows = [["Explained", `${target.label}, ${percent(target.probability)}; score ${short(target.score)}`]];
+  const { target, versus, parameters, evaluations, milliseconds, quality } = explanation;
+  const rows = [["Explained", `${target.label}${measured(target)}; score ${short(target.score)}`]];
+  if (versus) rows.push(["Rather than", `${versus.label}${measured(versus)}; the score is the difference`]);
   if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
   for (const [name, value] of Object.entries(quality ?? {})) {
     rows.push([title(name), value == null ? "not measured" : `${short(value)}. ${report.qualities[name] ?? ""}`]);
@@ -54,7 +59,7 @@ function curves(details) {
 function drawStack(stack, explanation, photo, crop) {
   const { width, height, heatmap_png, overlay_png, scale } = explanation.heatmap;
   const canvas = find("canvas", stack);
-  const about = `${words(explanation.method)} for ${explanation.target.label}`;
+  const about = `${words(explanation.method)} for ${question(explanation)}`;
   Object.assign(find(".heat", stack), { src: png(heatmap_png), width, height, alt: `Heat map: ${about}` });
   if (!photo.bitmap) { // a format that the server reads and the browser does not
     canvas.replaceWith(make("img", { src: png(overlay_png), width, height, alt: `Heat map over the photo: ${about}` }));
@@ -108,7 +113,7 @@ function mapCard(answer, explanation, photo, command) {
   const card = find("#card").content.cloneNode(true).firstElementChild;
   const { method, target, heatmap } = explanation;
   const layer = explanation.parameters.layer ? `, ${explanation.parameters.layer}` : "";
-  find("h3", card).textContent = `${methodTitle(method)}: ${target.label}${layer}`;
+  find("h3", card).textContent = `${methodTitle(method)}: ${question(explanation)}${layer}`;
   find(".about", card).textContent = report.methods.find((known) => known.name === method)?.description ?? "";
   drawStack(find(".stack", card), explanation, photo, answer.image.crop);
   drawScale(find(".scale", card), heatmap.scale);

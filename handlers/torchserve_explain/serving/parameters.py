@@ -12,9 +12,11 @@ from torchserve_explain.attribution.methods.backward import Backward
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import Reduction
 from torchserve_explain.attribution.methods.lrp import Attention, Composite
+from torchserve_explain.attribution.methods.path import PathRule
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES, Quality
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.rows import Contrast, Score, Versus
+from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.errors import bad_request, shown
 
@@ -65,6 +67,11 @@ class Parameters(BaseModel):
     target: Target | Annotated[tuple[Target, ...], Field(min_length=1)] | None = Field(
         None, description="a class index, a label, or a list of them"
     )
+    versus: Target | None = Field(
+        None,
+        description=f"another class than the target, by index or label, or {_one_of(Contrast)}",
+        json_schema_extra={"also": list(Contrast)},
+    )
     output: str = Field(
         "json",
         pattern=f"^({'|'.join(OUTPUTS)})$",
@@ -76,6 +83,7 @@ class Parameters(BaseModel):
     baseline: Baseline | None = Field(None, description=_one_of(Baseline))
     max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")
     steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
+    rule: PathRule | None = Field(None, description=_one_of(PathRule))
     samples: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
     stdev: Number | None = Field(None, ge=0, le=1, description="a fraction of the input's range from 0 to 1")
     smoothing: SmoothingKind | None = Field(None, description=_one_of(SmoothingKind))
@@ -152,26 +160,35 @@ def _check_length(name: str, value: object) -> None:
 
 
 class Capabilities:
-    """Which methods serve a classifier, and why the others do not."""
+    """Which methods serve a classifier, and why others do not; those that are not `offered` are none (None: all are)."""
 
-    def __init__(self, classifier: Classifier) -> None:
-        self.refused = {name: why for name, method in METHODS.items() if (why := _refusal(method, classifier))}
-        self.methods = [name for name in METHODS if name not in self.refused]
+    def __init__(self, classifier: Classifier, offered: tuple[str, ...] | None = None) -> None:
+        self._head = classifier.head
+        known = {name: method for name, method in METHODS.items() if offered is None or name in offered}
+        self.refused = {name: why for name, method in known.items() if (why := _refusal(method, classifier))}
+        self.methods = [name for name in known if name not in self.refused]
 
-    def choose(self, names: Iterable[str], score: Score = Score.LOGIT) -> list[str]:
-        """Return the names, each once, with `all` spelt out: what serves the model and the score.
+    def choose(self, names: Iterable[str], score: Score = Score.LOGIT, versus: Versus | None = None) -> list[str]:
+        """Return the names, each once, with `all` spelt out: what serves the model and the score, alone or `versus` others.
 
         Raises RequestError 400 for a name that is unknown or cannot serve.
         """
-        suited = [name for name in self.methods if score is Score.LOGIT or METHODS[name].explains_probability]
+        joins = score is Score.PROBABILITY or versus is Contrast.REST  # all classes, by a softmax or a log-sum-exp
+        suited = [name for name in self.methods if METHODS[name].explains_probability or not joins]
+        suited = [name for name in suited if METHODS[name].asks_for_class or versus is None]
         chosen: list[str] = []
         for name in dict.fromkeys(names):
             if name in self.refused:
                 raise bad_request(f"method: {name} cannot serve this model: {self.refused[name]}")
             if name != "all" and name not in self.methods:
-                raise bad_request(f"method: {shown(name)} is unknown; allowed: {', '.join(self.methods)}, all")
+                what = "not served by this archive" if name in METHODS else "unknown"
+                raise bad_request(f"method: {shown(name)} is {what}; allowed: {', '.join(self.methods)}, all")
             if name != "all" and name not in suited:
-                raise bad_request(f"score: {name} has no rule for the softmax; allowed: logit")
+                if not METHODS[name].asks_for_class:
+                    raise bad_request(f"versus: {name} explains no class, so not rather than another; allowed: without versus")
+                if score is Score.PROBABILITY:
+                    raise bad_request(f"score: {name} has no rule for the {self._head}; allowed: logit")
+                raise bad_request(f"versus: {name} has no rule for a log-sum-exp; allowed: a class or runner_up")
             chosen += suited if name == "all" else [name]
         return list(dict.fromkeys(chosen))
 
@@ -197,20 +214,31 @@ class Labels:
             return [self._index(item.strip()) for item in asked.split(",")]
         return [self._index(item) for item in (asked if isinstance(asked, tuple) else (asked,))]
 
-    def _index(self, item: str | int) -> int:
+    def versus(self, asked: str | int, targets: Iterable[int | None] = ()) -> Versus:
+        """Return what the targets are to be compared with; raises RequestError 400 where it is no class, or one of them."""
+        if isinstance(asked, str) and asked in list(Contrast):
+            return Contrast(asked)
+        index = self._index(asked, "versus", f", or {' or '.join(Contrast)}")
+        if index in targets:
+            raise self.no_contrast(index)
+        return index
+
+    def no_contrast(self, index: int) -> RequestError:
+        """A class cannot be compared with itself."""
+        contrasts = " or ".join(Contrast)
+        return bad_request(f"versus: {shown(self.names[index])} is the target itself; allowed: another class, {contrasts}")
+
+    def _index(self, item: str | int, parameter: str = "target", also: str = "") -> int:
+        allowed = f"an index from 0 to {len(self.names) - 1}, or a label{also}"
         if isinstance(item, int) or (item.isascii() and item.isdecimal() and len(item) < 20):
             if 0 <= int(item) < len(self.names):
                 return int(item)
-            raise bad_request(
-                f"target: {shown(item)} is not a class; allowed: an index from 0 to {len(self.names) - 1}, or a label"
-            )
+            raise bad_request(f"{parameter}: {shown(item)} is not a class; allowed: {allowed}")
         indices = self._indices.get(item, [])
         if len(indices) > 1:
-            raise bad_request(f"target: the label {shown(item)} is shared by the classes {_few(indices)}; give an index")
+            raise bad_request(f"{parameter}: the label {shown(item)} is shared by the classes {_few(indices)}; give an index")
         if not indices:
-            raise bad_request(
-                f"target: {shown(item)} is no label; allowed: an index from 0 to {len(self.names) - 1}, or a label"
-            )
+            raise bad_request(f"{parameter}: {shown(item)} is no label; allowed: {allowed}")
         return indices[0]
 
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.method import OwnRow
+from torchserve_explain.attribution.rows import Contrast, Score, Versus
 from torchserve_explain.errors import Unsupported
 from torchserve_explain.serving.answers import RENDERERS
 from torchserve_explain.serving.capabilities import capability_report
@@ -20,7 +24,7 @@ from torchserve_explain.serving.settings import Explanations
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be explained of one image: every method for every target (None: the predicted class).
+    """What is to be explained of one image: every method for every target (None: the predicted class), alone or `versus`.
 
     `budget` is how many rows a method may take that decides for itself.
     """
@@ -30,6 +34,7 @@ class Item:
     methods: Sequence[Method]
     targets: Sequence[int | None]
     smoothing: Smoothing | None
+    versus: Versus | None = None
     budget: int = 0
 
     @property
@@ -63,14 +68,14 @@ class Planner:
     """Turns requests into items for one classifier."""
 
     def __init__(self, classifier: Classifier, labels: Labels, settings: Explanations) -> None:
-        self.capabilities = Capabilities(classifier)
+        self.capabilities = Capabilities(classifier, settings.methods)
         self._classifier = classifier
         self._labels = labels
         self._defaults, self._limits = settings.defaults, settings.limits
         # Defaults that no request could use are told when the archive loads, not to clients.
         parameters = read_parameters(self._defaults)
-        self._methods(parameters, self.capabilities.choose(parameters.method, parameters.score))
-        labels.targets(parameters.target if parameters.target is not None else 0)
+        names, _, _ = self._asked(parameters)
+        self._methods(parameters, names)
         self._check_timeout(parameters)
         if parameters.output == "openapi":
             raise bad_request(f"output: openapi is no default; allowed: {', '.join(RENDERERS)}")
@@ -80,6 +85,7 @@ class Planner:
         defaults, layers = read_parameters(self._defaults), list(self._classifier.spatial_layers)
         report = capability_report(model, self.capabilities, defaults, self._labels, layers)
         report["parameters"]["timeout"]["maximum"] = self._limits.seconds
+        report["head"] = self._classifier.head
         narrow = self._classifier.narrow or torch.float32
         return report | {"arithmetic": str(narrow).removeprefix("torch.")}
 
@@ -97,8 +103,7 @@ class Planner:
         if request.protocol is not Protocol.PLAIN and parameters.output != "json":
             raise bad_request(f"output: {shown(parameters.output)} is not for the KServe protocols; allowed: json")
         self._check_timeout(parameters)
-        names = self.capabilities.choose(parameters.method, parameters.score)
-        targets = [None] if parameters.target is None else self._labels.targets(parameters.target)
+        names, targets, versus = self._asked(parameters)
         for what, asked, allowed in (
             ("methods", len(names), self._limits.methods),
             ("targets", len(targets), self._limits.targets),
@@ -106,7 +111,27 @@ class Planner:
         ):
             if asked > allowed:
                 raise over_limit(f"{asked} {what} asked for; allowed: at most {allowed}")
-        return Item(instance.image, parameters, self._methods(parameters, names), targets, parameters.smoother())
+        return Item(instance.image, parameters, self._methods(parameters, names), targets, parameters.smoother(), versus)
+
+    def _asked(self, parameters: Parameters) -> tuple[list[str], list[int | None], Versus | None]:
+        """Return the methods, the targets, and what they are compared with; raises RequestError 400."""
+        targets: list[int | None] = [None]
+        if parameters.target is not None:
+            targets = [*self._labels.targets(parameters.target)]
+        versus = None if parameters.versus is None else self._labels.versus(parameters.versus, targets)
+        self._check_head(parameters.score, versus)
+        return self.capabilities.choose(parameters.method, parameters.score, versus), targets, versus
+
+    def _check_head(self, score: Score, versus: Versus | None) -> None:
+        """Raise RequestError 400 for a score that the classifier's head does not have."""
+        if self._classifier.head is Head.NONE and score is Score.PROBABILITY:
+            raise bad_request(
+                "score: probability is not allowed: the model answers quantities; allowed: logit, the quantity itself"
+            )
+        if self._classifier.head is Head.NONE and versus is Contrast.REST:
+            raise bad_request("versus: rest is not allowed: the model answers quantities; allowed: a class or runner_up")
+        if self._classifier.classes == 1 and versus is not None:
+            raise bad_request("versus: the model answers one quantity; allowed: none to compare it with")
 
     def _check_timeout(self, parameters: Parameters) -> None:
         if parameters.timeout is not None and parameters.timeout > self._limits.seconds:
@@ -153,15 +178,47 @@ def own_row(item: Item, classifier: Classifier) -> dict[str, Any]:
     return {"gradient": gradient, "layers": layers(OwnRow.LAYER), "activations": layers(OwnRow.ACTIVATION)}
 
 
-def top_k(instance: Instance, classes: int) -> int:
-    """Return how many classes a prediction tells, 5 unless asked otherwise; raises RequestError 400."""
+@dataclass(frozen=True)
+class Shortlist:
+    """Which classes a prediction tells: at most `count`, and only those whose value lies above `threshold`."""
+
+    count: int
+    threshold: float | None = None
+
+    def of(self, values: Tensor) -> list[tuple[int, float]]:
+        """Return the classes [classes] that it tells and their values, highest first."""
+        top = values.topk(self.count)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [(index, value) for index, value in pairs if self.threshold is None or value > self.threshold]
+
+
+def shortlist(instance: Instance, classifier: Classifier) -> Shortlist:
+    """Return which classes a prediction tells: 5, those above `threshold`, or all quantities; raises RequestError 400."""
+    head, classes = classifier.head, classifier.classes
+    allowed = ("data", "top_k", "threshold") if head is Head.SIGMOID else ("data", "top_k")
     for name in instance.fields:
-        if name != "top_k":
-            raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: data, top_k")
+        if name == "threshold" and name not in allowed:
+            raise bad_request(f"threshold: this classifier's head is {head}, and it is for sigmoid; allowed: top_k")
+        if name not in ("top_k", "threshold"):
+            raise bad_request(f"unknown parameter {shown(name)}; allowed for predictions: {', '.join(allowed)}")
+    threshold = _threshold(instance.fields.get("threshold"))
     value = instance.fields.get("top_k")
     if value is None:
-        return min(5, classes)
+        return Shortlist(min(5, classes) if threshold is None and head is not Head.NONE else classes, threshold)
     text = str(value)
     if isinstance(value, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or not 1 <= int(text) <= classes:
         raise bad_request(f"top_k: {shown(value)} is not allowed; allowed: a whole number from 1 to {classes}")
-    return int(text)
+    return Shortlist(int(text), threshold)
+
+
+def _threshold(value: object) -> float | None:
+    """Read a threshold, None where there is none; raises RequestError 400."""
+    if value is None:
+        return None
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else nan
+    except (ValueError, OverflowError):
+        number = nan
+    if not 0 <= number <= 1:
+        raise bad_request(f"threshold: {shown(value)} is not allowed; allowed: a number from 0 to 1")
+    return number

@@ -14,11 +14,13 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, Piece, Result, background, results, side_by_side
 from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
-from torchserve_explain.attribution.rows import Evaluation, Known, Rows, Score
+from torchserve_explain.attribution.rows import Contrast, Evaluation, Known, Rows, Score, Versus
+from torchserve_explain.attribution.scores import resolved, score_of
 from torchserve_explain.errors import ArchiveError, AttributionError, NotFinite, RequestError
 from torchserve_explain.serving import audit
 from torchserve_explain.serving.answers import RENDERERS, Answer, Class, Explanation, Report, json_answer
@@ -27,7 +29,7 @@ from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.openapi import openapi_document
 from torchserve_explain.serving.page import try_it_page
 from torchserve_explain.serving.parameters import OUTPUTS, Labels, read_parameters
-from torchserve_explain.serving.planning import Item, Planner, own_row, top_k
+from torchserve_explain.serving.planning import Item, Planner, own_row, shortlist
 from torchserve_explain.serving.requests import Instance, Protocol, Request, read_request
 from torchserve_explain.serving.settings import Settings
 
@@ -50,12 +52,12 @@ class RawRequest:
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the model saw it: the row that was evaluated, and the classes' scores on the CPU."""
+    """An image as the model saw it: the row that was evaluated, the classes' logits and what is told of them, on the CPU."""
 
     picture: Picture
     known: Known
     logits: Tensor
-    probabilities: Tensor
+    values: Tensor
 
 
 class Service:
@@ -163,16 +165,15 @@ class Service:
         return [one.value for one in finished]
 
     def _predict(self, request: Request, instance: Instance) -> Computation[dict[str, float]]:
-        """Return the top classes as TorchServe's image_classifier does: label to probability, highest first."""
+        """Return classes as TorchServe's image_classifier does: label to probability (or quantity), highest first."""
         if "method" in request.defaults:
             raise bad_request(f"path: {shown(request.defaults['method'])} is not allowed; methods belong to /explanations")
-        count = top_k(instance, len(self._labels.names))
+        wanted = shortlist(instance, self.classifier)
         seen = yield from self._look(instance.image)
-        top = seen.probabilities.topk(count)
         answer: dict[str, float] = {}
-        for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        for index, value in wanted.of(seen.values):
             label = self._labels.names[index]
-            answer[f"{label} ({index})" if label in answer else label] = probability  # no shared label hides a class
+            answer[f"{label} ({index})" if label in answer else label] = value  # no shared label hides a class
         return answer
 
     def _explain(self, item: Item, arrived: float) -> Computation[Report]:
@@ -184,15 +185,17 @@ class Service:
 
     def _explained(self, item: Item, deadline: float) -> Computation[Report]:
         target, wanted = item.targets[0], own_row(item, self.classifier)
-        seen = yield from self._look(item.image, target, item.parameters.score, **wanted)
+        seen = yield from self._look(item.image, target, item.parameters.score, versus=item.versus, **wanted)
         predicted = int(seen.logits.argmax())
         targets = [predicted if target is None else target for target in item.targets]
+        if item.versus in targets:  # known only now where the predicted class is explained
+            raise self._labels.no_contrast(predicted)
         jobs = [Job(method, self._case(item, seen, target), item.smoothing) for method in item.methods for target in targets]
         now = time.monotonic()
         patience = now + QUALITY_SHARE * (deadline - now)
         pieces = [Piece(self._explanation(job, item, seen, patience), job.evaluations) for job in jobs]
         explanations = yield from results(pieces)
-        top = seen.probabilities.topk(min(5, len(self._labels.names))).indices.tolist()
+        top = seen.values.topk(min(5, len(self._labels.names))).indices.tolist()
         classes = [self._class(seen, index) for index in top]
         return Report(self._model, self._class(seen, predicted), classes, seen.picture, [one.value for one in explanations])
 
@@ -203,10 +206,17 @@ class Service:
         works = [Measurement(quality, job, explained.value) for quality in qualities.values()]
         outcomes = yield from side_by_side(works, quality_deadline)
         measured = {name: (qualities[name], outcome) for name, outcome in zip(qualities, outcomes, strict=True)}
-        return Explanation(job, explained, self._class(seen, job.case.target), item.parameters, seen.picture, measured)
+        target, versus = self._class(seen, job.case.target), self._versus(seen, job.case)
+        return Explanation(job, explained, target, item.parameters, seen.picture, measured, versus)
 
     def _look(
-        self, image: bytes, target: int | None = None, score: Score = Score.LOGIT, gradient: bool = False, **wanted: Any
+        self,
+        image: bytes,
+        target: int | None = None,
+        score: Score = Score.LOGIT,
+        gradient: bool = False,
+        versus: Versus | None = None,
+        **wanted: Any,
     ) -> Computation[Seen]:
         """Decode an image and let the model see it; raises NotFinite where the model has no answer.
 
@@ -218,25 +228,35 @@ class Service:
 
         def look() -> Computation[None]:
             keep: Callable[[int, Evaluation], None] = lambda _start, evaluation: found.append(evaluation)  # noqa: E731
-            yield [Rows(1, lambda *_: placed[None], keep, target, score, gradient, precise=True, **wanted)]
+            yield [Rows(1, lambda *_: placed[None], keep, target, score, gradient, precise=True, versus=versus, **wanted)]
 
         (result,) = yield from results([Piece(look())])
         logits = found[0].logits[0].cpu()
         if not logits.isfinite().all():
             raise NotFinite("the model's logits are not finite numbers for this image")
-        known = Known(found[0], placed, int(logits.argmax()) if target is None else target, score, result.seconds)
-        return Seen(picture, known, logits, logits.softmax(0))
+        target = int(logits.argmax()) if target is None else target
+        known = Known(found[0], placed, target, score, result.seconds, resolved(versus, logits, target))
+        return Seen(picture, known, logits, self.classifier.head.values(logits))
 
     def _case(self, item: Item, seen: Seen, target: int) -> Case:
-        parameters = item.parameters
-        scores = seen.logits if parameters.score is Score.LOGIT else seen.probabilities
+        score, seed, versus = item.parameters.score, item.parameters.seed, resolved(item.versus, seen.logits, target)
+        known_score = score_of(self.classifier.head, seen.logits, target, score, versus)
         return Case(
-            self.classifier, seen.known.input, target, parameters.score, float(scores[target]), parameters.seed,
-            budget=item.budget, known=seen.known,
+            self.classifier, seen.known.input, target, score, known_score, seed, budget=item.budget, known=seen.known,
+            versus=versus,
         )  # fmt: skip
 
     def _class(self, seen: Seen, index: int) -> Class:
-        return Class(index, self._labels.names[index], float(seen.probabilities[index]))
+        label, value = self._labels.names[index], float(seen.values[index])
+        return Class(index, label, None, value) if self.classifier.head is Head.NONE else Class(index, label, value)
+
+    def _versus(self, seen: Seen, case: Case) -> Class | None:
+        """Return what a case's target is compared with, all others as one class without an index."""
+        if isinstance(case.versus, int):
+            return self._class(seen, case.versus)
+        alone = self.classifier.head is Head.SOFTMAX  # else the others have no probability in common
+        rest = 1 - float(seen.values[case.target]) if alone else None
+        return Class(None, "the rest", rest) if case.versus is Contrast.REST else None
 
     def _opened(self, request: Request, headers: Mapping[str, Any]) -> Answer:
         """Answer who asks about the archive: a program with what may be asked for, a person with the page that asks."""

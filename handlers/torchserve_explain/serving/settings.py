@@ -2,11 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 from torchvision import transforms
 
 from torchserve_explain.attribution.classifier import Normalization
+from torchserve_explain.attribution.heads import Head
+from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.errors import ArchiveError
+from torchserve_explain.serving.errors import shown
 
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
@@ -59,7 +62,7 @@ class Limits(Section):
 
     evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
-    methods: PositiveInt = 20
+    methods: PositiveInt = 30
     targets: PositiveInt = 5
     layers: PositiveInt = 5
     instances: PositiveInt = 16  # images in one KServe request
@@ -74,20 +77,30 @@ class Limits(Section):
 class Explanations(Section):
     """The archive's own defaults of a client's parameters, its limits, and the arithmetic of rows without a gradient.
 
+    `methods` are those that it serves, None all that the classifier can; the others are neither listed nor served.
     In bfloat16 those rows take half the time where the processor has it, and maps move a little; elsewhere, and for
     predictions and gradients, it stays float32. With `audit: log` each explanation's audit record goes to the log.
     """
 
     audit: Literal["log"] | None = None
     arithmetic: Literal["float32", "bfloat16"] = "float32"
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     defaults: dict[str, Any] = {}
     limits: Limits = Limits()
 
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := [name for name in names or () if name not in METHODS]:
+            raise ValueError(f"{shown(unknown[0])} is no method; allowed: {', '.join(METHODS)}")
+        return names
+
 
 class ClassifierSettings(Section):
-    """The network: a torchvision name, or `model.py` of the archive."""
+    """The network: a torchvision name, or `model.py` of the archive; what its outputs mean, None where that is found."""
 
     architecture: str
+    head: Head | None = None
 
 
 class Settings(BaseModel):

@@ -1,7 +1,7 @@
 """The methods by name, in the order in which they are listed: one small class each, in the file of its family."""
 
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
-from torchserve_explain.attribution.methods.cam import GradCam, GradCamPlusPlus, LayerCam, ScoreCam
+from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.deep_lift import DeepLift
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
@@ -19,6 +19,8 @@ _LISTED: tuple[type[Method], ...] = (
     GradCam,
     GradCamPlusPlus,
     LayerCam,
+    HiResCam,
+    EigenCam,
     Sensitivity,
     Saliency,
     InputXGradient,

@@ -87,6 +87,43 @@ class LayerCam(Cam):
 
 
 @dataclass(frozen=True)
+class HiResCam(Cam):
+    """Feature maps weighted position by position with their gradient: only places that the score really uses.
+
+    L = ReLU(sum_k g_k A_k); of the last layer before a linear head it sums to the score less the bias, but for the ReLU;
+    arXiv:2011.08891, equation 4.
+    """
+
+    name: ClassVar[str] = "hires_cam"
+
+    def combined(self, layer: Layer) -> Tensor:
+        return (layer.gradient * layer.activation).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class EigenCam(Cam):
+    """The strongest pattern among a layer's feature maps, whatever the class: what the layer sees, not what for.
+
+    L = ReLU(+-A v), A the features [h w, channels] less their means, v their first right singular vector, its sign that
+    under which the largest absolute value is positive; arXiv:2008.00299, equation 3.
+    """
+
+    name: ClassVar[str] = "eigen_cam"
+    own_row: ClassVar[OwnRow | None] = OwnRow.ACTIVATION
+    needs_gradient: ClassVar[bool] = False
+    asks_for_class: ClassVar[bool] = False
+
+    def attribute(self, case: Case) -> Computation[Attribution]:
+        activation = yield from case.activation(self.layer)
+        features = activation.flatten(1).T
+        features = features - features.mean(0)
+        _, _, directions = torch.linalg.svd(features, full_matrices=False)
+        cam = features @ directions[0]
+        cam = cam * cam[cam.abs().argmax()].sign()
+        return Attribution(enlarged(cam.view(1, 1, *activation.shape[1:]).relu(), case.input))
+
+
+@dataclass(frozen=True)
 class ScoreCam(Cam):
     """Feature maps weighted by the score of the image seen through each of them: a Grad-CAM without gradients.
 

@@ -87,7 +87,7 @@ def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
 
 @dataclass(frozen=True)
 class RelevanceRules:
-    """Every operation distributes the relevance of its output to its inputs; the score's own starts as one.
+    """Every operation distributes the relevance of its output to its inputs; a logit's own is the logit.
 
     Convolutions and linear layers by the composite's rules; sums, poolings and means in proportion; activations and
     batch norms unchanged; the largest value takes all of a max pooling, the signal all of a product with a smaller
@@ -112,7 +112,7 @@ class RelevanceRules:
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, their functions with other gradients."""
         shared = sharing(self.attention is Attention.PROPAGATED)
-        return replacing(model, lambda: {**shared, **dict.fromkeys(LAYERS, _Layers(self))})
+        return _FromLogits(replacing(model, lambda: {**shared, **dict.fromkeys(LAYERS, _Layers(self))}))
 
     def parts(self, call: FunctionCall, first: bool) -> tuple[_Part, ...]:
         """Return the rule of a convolution or linear layer."""
@@ -127,6 +127,18 @@ class RelevanceRules:
                 return _box(self.low, self.high) if first else GAMMA_RULE
             case Composite.EPSILON_ALPHA2_BETA1:
                 return ALPHA2_BETA1
+
+
+class _FromLogits(nn.Module):
+    """Starts the relevance: each logit has its own value, so that those of a difference stay apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._model(x)
+        return surrogate(logits, logits * logits.detach())
 
 
 class _Layers:
@@ -183,7 +195,7 @@ class LayerwiseRelevance(Method):
     def attribute(self, case: Case) -> Computation[Attribution]:
         rules = RelevanceRules.of(case.classifier, self.composite, self.attention)
         evaluation = yield from case.evaluation(rule=rules)
-        return Attribution(evaluation.gradients[0] * evaluation.scores[0])
+        return Attribution(evaluation.gradients[0])
 
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Known, Layer, Rows, Score
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Known, Layer, Rows, Score, Versus
 
 
 class OwnRow(StrEnum):
@@ -34,6 +34,7 @@ class Draw(IntEnum):
     MASK = 4
     PERTURBATION = 5
     ORDER = 6
+    CLASS = 7
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Attribution:
 class Case:
     """What is explained: one input [C, H, W] (normalised), the target's score at it, and the seed of all draws.
 
-    `known_score` is NaN for an input that has not been evaluated, such as a noisy copy. `budget` is the most rows that an
-    adaptive method may take.
+    With `versus` the score is the target's less that of another class, or of all others. `known_score` is NaN for an
+    input that has not been evaluated, such as a noisy copy. `budget` is the most rows that an adaptive method may take.
     """
 
     classifier: Classifier
@@ -65,6 +66,7 @@ class Case:
     copy: tuple[int, ...] = ()  # which noisy copy, of which noisy copy, ... this is
     budget: int = 400
     known: Known | None = None
+    versus: Versus | None = None
 
     def gradient(self, rule: BackwardRule | None = None) -> Computation[Tensor]:
         """Return the gradient [C, H, W] of the score at the input, by the model's own layers or by a rule's."""
@@ -108,18 +110,19 @@ class Case:
         return found[0]
 
     def _knows(self, rows: Rows) -> bool:
-        """Whether the known evaluation is one of this very input, target and score, and holds what the rows want."""
+        """Whether the known evaluation is one of this very input and score, and holds what the rows want."""
         known = self.known
         if known is None or rows.rule is not None:
             return False
-        same = known.input is self.input and known.target == self.target and known.score is self.score
+        explained = (known.target, known.score, known.versus) == (self.target, self.score, self.versus)
+        same = known.input is self.input and explained
         found = known.evaluation
         held = set(rows.layers) <= found.layers.keys() and set(rows.activations) <= found.activations.keys()
         return same and held and (not rows.gradient or found.found is not None)
 
     def rows(self, count: int, inputs: Callable[[int, int], Tensor], consume: Callable[..., None], **wanted: object) -> Rows:
         """Return `count` rows of this case's target; see Rows."""
-        return Rows(count, inputs, consume, self.target, self.score, **wanted)  # type: ignore[arg-type]
+        return Rows(count, inputs, consume, self.target, self.score, versus=self.versus, **wanted)  # type: ignore[arg-type]
 
     def draw(self, purpose: Draw, index: int) -> np.random.Generator:
         """Return the random stream of sample `index`: the same whatever pass, machine or order it is drawn in."""
@@ -142,7 +145,8 @@ class Method:
 
     name: ClassVar[str]
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
-    explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax
+    explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax, nor for a log-sum-exp
+    asks_for_class: ClassVar[bool] = True  # False: its map is the same for every class
     needs_gradient: ClassVar[bool] = True  # False: the model's outputs suffice
     own_row: ClassVar[OwnRow | None] = None
     adaptive: ClassVar[bool] = False  # True: it chooses how many rows it takes, at most `case.budget`

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import pairwise
 from typing import ClassVar
 
@@ -21,6 +22,13 @@ FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
 
 
+class PathRule(StrEnum):
+    """How a path's gradients are summed: as an integral, or each by how much the score rises after it."""
+
+    RIEMANN = "riemann"
+    IDGI = "idgi"
+
+
 @dataclass(frozen=True)
 class IntegratedGradients(Method):
     """The gradient averaged on the straight path from a baseline, times what the input adds to the baseline.
@@ -28,6 +36,10 @@ class IntegratedGradients(Method):
     map = (x - b) * integral_0^1 dF(b + t (x - b))/dx dt; it sums to F(x) - F(b); arXiv:1703.01365, equation 1.
     With `steps`: that many Gauss-Legendre nodes. Else the intervals of the path with the largest error are bisected, with
     trapezoid weights, until the completeness error is at most `max_error` or the case's budget of rows is spent.
+
+    With `rule` idgi the rise of the score on each interval is shared by the squared gradient at its start, sum of g^2 /
+    |g|^2 (F(x_j+1) - F(x_j)): what gradients across the path add is left out; arXiv:2303.14242, algorithm 1. The intervals
+    are the same, or `steps` of one length.
     """
 
     name: ClassVar[str] = "integrated_gradients"
@@ -35,6 +47,7 @@ class IntegratedGradients(Method):
     baseline: Baseline = Baseline.BLACK
     max_error: float = 0.05
     steps: int | None = None
+    rule: PathRule = PathRule.RIEMANN
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
@@ -46,9 +59,11 @@ class IntegratedGradients(Method):
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         path = _Path(case, self.baseline.image(case))
-        if self.steps is not None:
-            return (yield from path.gauss_legendre(self.steps))
-        return (yield from path.bisected(self.max_error))
+        if self.steps is None:
+            return (yield from path.bisected(self.max_error, self.rule))
+        if self.rule is PathRule.IDGI:
+            return (yield from path.important_directions(self.steps))
+        return (yield from path.gauss_legendre(self.steps))
 
 
 class _Path:
@@ -69,7 +84,23 @@ class _Path:
         attribution = self._step * integral
         return Attribution(attribution, baseline_score, known_error(attribution, self._case, baseline_score))
 
-    def bisected(self, max_error: float) -> Computation[Attribution]:
+    def important_directions(self, steps: int) -> Computation[Attribution]:
+        """Share the rise of the score on each of `steps` even intervals by the squared gradient at its start."""
+        shares, scores, latest = torch.zeros_like(self._step), list[float](), list[Tensor]()
+
+        def add(_start: int, evaluation: Evaluation) -> None:
+            for score, gradient in zip(evaluation.scores.tolist(), evaluation.gradients, strict=True):
+                if scores:
+                    _share(shares, latest.pop(), score - scores[-1])
+                scores.append(score)
+                latest.append(gradient.clone())
+
+        at = torch.arange(steps + 1).to(self._step) / steps
+        yield [self._case.rows(steps + 1, self._points(at), add)]
+        error = completeness_error(float(shares.sum()), scores[-1], scores[0])
+        return Attribution(shares, scores[0], error)
+
+    def bisected(self, max_error: float, rule: PathRule) -> Computation[Attribution]:
         """Bisect the intervals with the largest error; completeness holds on each, so each one's own error is known."""
         nodes = yield from self._nodes([i / FIRST_INTERVALS for i in range(FIRST_INTERVALS + 1)])
         first, last = nodes[0], nodes[-1]
@@ -84,11 +115,15 @@ class _Path:
             for interval, middle in zip(worst, middles, strict=True):
                 heapq.heappush(intervals, _Interval(interval.left, middle))
                 heapq.heappush(intervals, _Interval(middle, interval.right))
-        integral = torch.zeros_like(self._step)
+        attribution = torch.zeros_like(self._step)
         for interval in intervals:
+            if rule is PathRule.IDGI:
+                _share(attribution, interval.left.gradient, interval.right.score - interval.left.score)
+                continue
             for node in (interval.left, interval.right):
-                integral.add_(node.gradient, alpha=interval.width / 2)
-        attribution = self._step * integral
+                attribution.add_(node.gradient, alpha=interval.width / 2)
+        if rule is PathRule.RIEMANN:
+            attribution *= self._step
         error = completeness_error(float(attribution.sum()), last.score, first.score)
         return Attribution(attribution, first.score, error)
 
@@ -118,6 +153,13 @@ class _Node:
     score: float
     slope: float
     gradient: Tensor
+
+
+def _share(shares: Tensor, gradient: Tensor, rise: float) -> None:
+    """Add to shares what each value has of a rise of the score, by its squared gradient; of none where the gradient is zero."""
+    squares = gradient.square()
+    if (total := float(squares.sum())) > 0:
+        shares.add_(squares, alpha=rise / total)
 
 
 class _Interval:
