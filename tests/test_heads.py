@@ -171,7 +171,7 @@ def service_of(classes, labels=(), **options):
     )
     model = small_cnn(classes=classes).float()
     classifier = Classifier(model, settings.preprocessing.normalization, SIZE, labels=len(labels), **options)
-    return Service(classifier, list(labels), settings, {"name": "small", "version": "1.0"})
+    return Service(classifier, list(labels), settings, {"name": "small", "version": "1.0"}, "0" * 64)
 
 
 def answered(service, explain=False, **fields):

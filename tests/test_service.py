@@ -249,18 +249,18 @@ def test_a_class_is_not_compared_with_itself(service):
     )
     settings = Settings.model_validate(CONFIG | {"explanations": {"defaults": {"target": "1", "versus": "1"}}})
     with pytest.raises(RequestError, match="is the target itself"):
-        Service(service.classifier, [], settings, {})
+        Service(service.classifier, [], settings, {}, "0" * 64)
 
 
 def test_an_archive_serves_the_methods_that_it_lists(service):
     settings = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"], "defaults": {"method": "grad_cam"}}})
-    few = Service(service.classifier, [], settings, {"name": "few", "version": "1"})
+    few = Service(service.classifier, [], settings, {"name": "few", "version": "1"}, "0" * 64)
     report = json.loads(answers(few, explain({"body": b""}, ASKED | {"Accept": "application/json"}))[0].body)
     assert [method["name"] for method in report["methods"]] == ["grad_cam"] and report["refused"] == {}
     assert [one["method"] for one in asked(few, method="all")] == ["grad_cam"] and asked(few, method="lrp")[0] == 400
     without = Settings.model_validate(CONFIG | {"explanations": {"methods": ["grad_cam"]}})
     with pytest.raises(RequestError, match="'integrated_gradients' is not served by this archive"):
-        Service(service.classifier, [], without, {})
+        Service(service.classifier, [], without, {}, "0" * 64)
     for wrong, why in ((["grad_cat"], "'grad_cat' is no method; allowed: integrated_gradients, "), ([], "at least 1 item")):
         with pytest.raises(ArchiveError, match=why):
             read_settings(CONFIG | {"explanations": {"methods": wrong}})

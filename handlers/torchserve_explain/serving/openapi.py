@@ -30,7 +30,7 @@ def openapi_document(report: Mapping[str, Any]) -> JsonObject:
         "openapi": "3.1.0",
         "info": {"title": f"{name}: what is it, and why?", "version": version, "description": report["served_by"]},
         "paths": {
-            f"/predictions/{name}": {"post": _operation("predict", "Tell what it is.", _top_k(report), _prediction_answers())},
+            f"/predictions/{name}": {"post": _operation("predict", "Tell what it is.", _shortlist(report), _prediction_answers())},
             f"/explanations/{name}": {"get": _about(), "post": explain},
             f"/explanations/{name}/{version}/{{methods}}": {"parameters": [_path(report)], "post": by_path},
         },
@@ -79,10 +79,14 @@ def _parameters(report: Mapping[str, Any]) -> JsonObject:
     return {name: parameter_schema(name, parameter, report) for name, parameter in report["parameters"].items()}
 
 
-def _top_k(report: Mapping[str, Any]) -> JsonObject:
+def _shortlist(report: Mapping[str, Any]) -> JsonObject:
+    """Describe what a prediction takes, which depends on the head."""
     most = len(report["labels"])
-    told = "how many classes are told"
-    return {"top_k": {"type": "integer", "minimum": 1, "maximum": most, "default": min(5, most), "description": told}}
+    told = {"type": "integer", "minimum": 1, "maximum": most, "description": "how many classes are told"}
+    above = {"type": "number", "minimum": 0, "maximum": 1, "description": "only classes of a probability above it are told"}
+    if report["head"] == "sigmoid":
+        return {"top_k": told, "threshold": above}
+    return {"top_k": told | ({"default": min(5, most)} if report["head"] == "softmax" else {})}
 
 
 def _path(report: Mapping[str, Any]) -> JsonObject:
