@@ -3,8 +3,10 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from ipaddress import ip_address
 
 import httpx
+import psutil
 import pytest
 from live import CONTINUOUS, build_small, picture
 from servers import SERVERS, installed
@@ -45,6 +47,13 @@ def client(request, tmp_path_factory):
     start = SERVERS[request.param][0]
     with start(archives, tmp_path_factory.mktemp("run")) as url, httpx.Client(base_url=url, timeout=120) as one:
         yield one
+
+
+def test_nothing_listens_beyond_this_machine(client):
+    """Ray asks for no token on ports of its own, and listens on every address unless told otherwise."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    listening = {one.laddr.ip for one in psutil.net_connections("tcp") if one.pid in ours and one.status == psutil.CONN_LISTEN}
+    assert listening and all(ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in listening)
 
 
 def test_several_models_answer_under_their_own_names(client):
