@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,16 +12,16 @@ from torch import Tensor
 from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
 from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.planned import Due, Planned, explained, facts, plan
 from torchserve_explain.gallery.question import LABEL, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
-from torchserve_explain.serving.answers import Class, Explanation
-from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.answers import Explanation
+from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import compact
 
 RECORDS = "records.jsonl"
@@ -49,26 +48,6 @@ class Records:
         """Keep a record."""
         self._known[record["path"], record["map"]] = record
         add_record(self._path, record)
-
-
-@dataclass(frozen=True)
-class Due:
-    """A picture, and the names of the maps that are not there yet."""
-
-    sample: GallerySample
-    digest: str
-    picture: Picture
-    names: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A map to be made of a picture with logits [classes]: its name, and the job."""
-
-    due: Due
-    logits: Tensor
-    name: str
-    job: Job
 
 
 class Run:
@@ -134,30 +113,23 @@ class Run:
         for one, outcome in zip(planned, self._engine.run([one.job for one in planned]), strict=True):
             self._keep(one, outcome)
 
-    def _plan(self, due: Due, logits: Tensor) -> Iterator[Planned]:
-        """Plan a picture's maps; of several classes that share its label the likeliest is explained."""
-        if not logits.isfinite().all():
-            self.skipped[due.sample.path] = "the model's logits are not finite numbers for this image"
-            return
-        predicted = self._question.target == PREDICTED
-        classes = [int(logits.argmax())] if predicted else self._archive.classes(due.sample.label)
-        target = max(classes, key=lambda index: float(logits[index]))
-        for name in due.names:
-            yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, logits))
+    def _plan(self, due: Due, logits: Tensor) -> list[Planned]:
+        try:
+            return list(plan(self._question, due, logits))
+        except NotFinite as reason:
+            self.skipped[due.sample.path] = str(reason)
+            return []
 
     def _keep(self, one: Planned, outcome: Outcome[Attribution]) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
-        record = self._facts(one)
         if isinstance(outcome, NotFinite):
-            self._records.add(record | {FAILED: str(outcome)})
+            self._records.add(facts(self._question, one) | {FAILED: str(outcome)})
         elif isinstance(outcome, ExplainError):
             raise outcome
         else:
-            target = Class(one.job.case.target, record["target"], record["target_probability"])
-            explanation = Explanation(one.job, outcome, target, self._question.parameters, one.due.picture)
+            record, explanation = explained(self._question, one, outcome)
             self._write(record, explanation)
-            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.value.completeness_error}
-            self._records.add(record | {"parameters": explanation.used(), "signed": one.job.signed} | cost)
+            self._records.add(record)
 
     def _write(self, record: Record, explanation: Explanation) -> None:
         """Write a map, its overlay, and what the model saw."""
@@ -166,26 +138,6 @@ class Run:
         np.save(path, compact(explanation.values), allow_pickle=False)
         explanation.drawn.overlay.save(overlay_path(self._out, record), quality=QUALITY)
         explanation.drawn.seen.convert("RGB").save(seen_path(self._out, record), quality=QUALITY)
-
-    def _facts(self, one: Planned) -> Record:
-        """Return what a record tells whatever came of the map."""
-        probabilities, predicted, sample = one.logits.softmax(0), int(one.logits.argmax()), one.due.sample
-        own, labels, target = self._archive.classes(sample.label), self._archive.labels, one.job.case.target
-        return {
-            "path": sample.path,
-            "digest": one.due.digest,
-            "map": one.name,
-            "settings": self._question.settings[one.name],
-            "method": one.job.method.name,
-            "label": sample.label,
-            "predicted": labels[predicted],
-            "probability": float(probabilities[predicted]),
-            "label_probability": float(probabilities[own].max()) if own else None,
-            "correct": predicted in own if own else None,
-            "target": labels[target],
-            "target_probability": float(probabilities[target]),
-            FAILED: None,
-        }
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
