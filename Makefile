@@ -14,8 +14,8 @@ serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 test: setup  ## run all tests, a live server among them
 	@$(RUN) -m pytest
 
-test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve (make test has it on TorchServe)
-	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py -k 'not torchserve'
+test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve, and Ray Data (make test has TorchServe)
+	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py tests/test_bulk.py -k 'not torchserve'
 
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
 	@$(RUN) -m torchserve_explain demo

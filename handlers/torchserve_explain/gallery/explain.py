@@ -13,8 +13,9 @@ from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.methods import Attribution
+from torchserve_explain.bulk.loopback import stay_on_loopback
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
-from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.pages import FAILED, QUALITY, Overview, map_path, overlay_path, seen_path, write_gallery
 from torchserve_explain.gallery.planned import Due, Planned, explained, facts, plan
 from torchserve_explain.gallery.question import LABEL, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
 from torchserve_explain.options import whole
@@ -25,7 +26,6 @@ from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import compact
 
 RECORDS = "records.jsonl"
-QUALITY = 85  # of pictures in WebP
 
 
 class Records:
@@ -143,25 +143,43 @@ class Run:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add what is explained, and how, to a command line."""
     command.add_argument("name", help="the classifier: a folder of classifiers/, or an archive of the store")
-    command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
+    command.add_argument("--data", required=True, help="pictures in a subfolder for each label, or without any")
     command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
     command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
     command.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
-    command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
+    command.add_argument("--out", help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
+    command.add_argument("--engine", choices=("local", "ray"), default="local", help="what runs it; ray writes Parquet instead")
+    ray = command.add_argument_group("--engine ray", "--data and --out may be s3://BUCKET/PREFIX, --data also Parquet")
+    ray.add_argument("--actors", type=whole(1), help="processes that explain (default: one for each GPU, or else each core)")
+    ray.add_argument("--overlays", action="store_true", help="keep the maps' pictures, too, which a gallery needs")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Explain the folder that the command line names, write the gallery, and say what is in it."""
-    out = options.out or ROOT / "run" / "explained" / options.name
+    """Explain what the command line names where it says."""
+    if options.engine == "local":
+        return explain_here(options)
+    stay_on_loopback()
     try:
-        _check_out(out, options.data)
+        from torchserve_explain.bulk.run import main as explain_on_ray
+    except ImportError as error:
+        print(f"explain: Ray Data is missing ({error.name}); install torchserve-explain[ray]", file=sys.stderr)
+        return 1
+    return explain_on_ray(options)
+
+
+def explain_here(options: argparse.Namespace) -> int:
+    """Explain the folder that the command line names, write the gallery, and say what is in it."""
+    data, out = Path(options.data), Path(options.out or ROOT / "run" / "explained" / options.name)
+    try:
+        _check_engine(options)
+        check_out(out, data)
         archive = load_archive(options.name, options.store)
-        samples = find_samples(options.data, archive.labels)
+        samples = find_samples(data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
-            raise ArchiveError(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
-        run = Run(ask(archive, options.methods, options.target, dict(options.set)), options.data, out)
+            raise ArchiveError(f"--target label: the pictures of {data} have no labels; allowed: predicted")
+        run = Run(ask(archive, options.methods, options.target, dict(options.set)), data, out)
         run.explain(samples, options.batch)
     except (ArchiveError, RequestError, AttributionError, ValueError, OSError) as reason:
         print(f"explain: {reason}", file=sys.stderr)
@@ -171,12 +189,19 @@ def main(options: argparse.Namespace) -> int:
         return 130
     for path, why in run.skipped.items():
         print(f"skipped {path}: {why}")
-    overview = Overview(options.name, archive.labels, options.data.resolve().name, options.target, run.skipped)
+    overview = Overview(options.name, archive.labels, data.resolve().name, options.target, run.skipped)
     print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview)}")
     return 0
 
 
-def _check_out(out: Path, data: Path) -> None:
+def _check_engine(options: argparse.Namespace) -> None:
+    """Raise ArchiveError where something is asked for that only the other engine has."""
+    asked = [name for name in ("actors", "overlays") if getattr(options, name)]
+    if asked or "://" in options.data + (options.out or ""):
+        raise ArchiveError(f"{f'--{asked[0]}' if asked else 's3://'} is of --engine ray; allowed: with it")
+
+
+def check_out(out: Path, data: Path) -> None:
     """Raise ArchiveError where pages would be written over what is not theirs."""
     check_apart(data, out)  # else the next run takes maps for pictures
     if out.is_dir() and any(out.iterdir()) and not (out / RECORDS).exists():
