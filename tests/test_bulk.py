@@ -34,6 +34,15 @@ pytestmark = pytest.mark.live
 METHODS = ["grad_cam", "integrated_gradients"]
 EXPLAINER = "ray::MapWorker(MapBatches(Explainer))"
 MANY = 48
+STOPPED = """
+import sys
+from torchserve_explain.bulk.loopback import stay_on_loopback
+stay_on_loopback()
+from torchserve_explain.bulk import run
+from torchserve_explain.cli import main
+run.ROWS = 4
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,12 +213,8 @@ def test_a_run_that_is_stopped_goes_on_and_listens_on_loopback_alone(store, many
     out = tmp_path / "out"
     given = ["explain", "small", "--store", store, "--data", many, "--out", out, "--engine", "ray"]
     given += ["--methods", "integrated_gradients", "--set", "steps=50"]
-    code = "import sys\nfrom torchserve_explain.bulk.loopback import stay_on_loopback\nstay_on_loopback()\n"
-    code += "from torchserve_explain.bulk import run\nrun.ROWS = 4\nfrom torchserve_explain.cli import main\nsys.exit(main(sys.argv[1:]))"
     own = {**os.environ, "PYTHONPATH": str(ROOT / "handlers")}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, given)], env=own, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", STOPPED, *map(str, given)], env=own, stderr=-1, text=True) as process:
         wait_for(lambda: process.poll() is not None or list(out.glob("maps/*.parquet")))
         ours = {one.pid for one in psutil.Process(process.pid).children(recursive=True)}
         found = [one for one in psutil.net_connections("tcp") if one.pid in ours and one.status == psutil.CONN_LISTEN]
