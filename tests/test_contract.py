@@ -1,6 +1,7 @@
 """One contract, three servers: the cases of the live test, and those of several models and of errors before a model."""
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ipaddress import ip_address
@@ -36,17 +37,33 @@ from test_live import (  # noqa: F401
 )
 
 pytestmark = pytest.mark.live
+FIELDS = {"method": "grad_cam,gradient_shap", "values": "true"}
+LONG = {"method": "occlusion,integrated_gradients", "steps": "300"}
 
 
 @pytest.fixture(scope="module", params=[installed(name) for name in SERVERS])
 def client(request, tmp_path_factory):
-    """A client of a server that serves one archive under two names."""
+    """A client of a server that serves one archive under two names, and has been stopped in the midst of a request before."""
     store = tmp_path_factory.mktemp("store")
     build_small(tmp_path_factory.mktemp("small"), store, CONTINUOUS)
     archives = dict.fromkeys(("small", "other"), store / "small.mar")
     start = SERVERS[request.param][0]
+    with ThreadPoolExecutor(1) as thread:
+        with start(archives, tmp_path_factory.mktemp("first")) as url:
+            before = httpx.post(f"{url}/explanations/small", files={"data": IMAGE}, data=FIELDS, timeout=120)
+            thread.submit(httpx.post, f"{url}/explanations/small", files={"data": IMAGE}, data=LONG, timeout=120)
+            time.sleep(1)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
     with start(archives, tmp_path_factory.mktemp("run")) as url, httpx.Client(base_url=url, timeout=120) as one:
+        one.before = before
         yield one
+
+
+def test_a_server_that_is_started_again_answers_as_before(client):
+    again = client.post("/explanations/small", files={"data": IMAGE}, data=FIELDS)
+    assert client.before.status_code == again.status_code == 200
+    assert alike(comparable(client.before), comparable(again))
 
 
 def test_nothing_listens_beyond_this_machine(client):
