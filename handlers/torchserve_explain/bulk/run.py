@@ -25,7 +25,7 @@ from torchserve_explain.records import Record, check_apart, progress
 
 FORMAT = 1  # of what a lake holds
 ROWS = 256  # of a file, about
-ACTOR_CPUS, OTHER_CPUS = 0.75, 0.125  # what an actor counts for, and a task beside it: explaining is most of the work
+ACTOR_CPUS, OTHER_CPUS = 0.75, 0.125  # what an actor counts for, and a task beside it: explaining is most of the work, and room is left
 AHEAD = 512_000_000  # bytes that may wait between the stages, for each actor
 
 
@@ -148,10 +148,10 @@ def _written(work: Work) -> Iterator[Record]:
 
 def _actors(asked: int | None, gpus: int, cpus: float) -> int:
     """Return how many actors explain: a GPU each, or else a core each; raises ServerError where there are not so many."""
-    most = gpus or int((cpus - OTHER_CPUS) / ACTOR_CPUS)
+    most = gpus or max(1, int(cpus))
     if asked is not None and asked > most:
         raise ServerError(f"--actors {asked}: Ray has {gpus} GPUs and {cpus:g} cores; allowed: at most {most}")
-    return asked or gpus or max(1, int(min(cpus, most)))
+    return asked or most
 
 
 def _due(items: pa.Table, known: set[tuple[str, str]], names: list[str]) -> pa.Table:
