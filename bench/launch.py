@@ -18,7 +18,7 @@ from torchserve_explain.servers.torchserve import free_sockets
 
 # Replicas have a port on every address that no setting moves.
 RAY = """
-import sys, ray
+import pathlib, signal, sys, ray
 from ray import serve
 
 def replicas_on_loopback():
@@ -32,7 +32,9 @@ serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]), "reques
 from torchserve_explain.servers import ray as ours
 if int(sys.argv[2]):
     ours.SCALING = {"num_replicas": int(sys.argv[2]), "max_ongoing_requests": 32}
-serve.run(ours.app, blocking=True)
+serve.run(ours.app)  # until every replica is there
+pathlib.Path("ready").touch()
+signal.pause()
 """
 
 
@@ -43,7 +45,7 @@ def kserve(archives: Mapping[str, Path], run: Path) -> Iterator[str]:
     with free_sockets(1) as (port,):
         pass
     with _running(["-m", "torchserve_explain", "kserve", *told, "--port", str(port)], run, {}) as process:
-        yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run)
+        yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run / "log")
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def ray(archives: Mapping[str, Path], run: Path, replicas: int = 0) -> Iterator[
     with free_sockets(1) as (port,):
         pass
     with _running(["-c", RAY, str(port), str(replicas)], run, told) as process:
-        yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run)
+        yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run / "ready")
 
 
 @contextmanager
@@ -73,14 +75,14 @@ def _running(arguments: Sequence[str], run: Path, environment: Mapping[str, str]
             process.wait()
 
 
-def _until_ready(url: str, names: Mapping[str, Path], process: "subprocess.Popen[bytes]", run: Path) -> str:
-    """Return the URL once every model answers; raises ServerError."""
+def _until_ready(url: str, names: Mapping[str, Path], process: "subprocess.Popen[bytes]", file: Path) -> str:
+    """Return the URL once a file is there and every model answers; raises ServerError."""
     end = time.monotonic() + 180
     while time.monotonic() < end and process.poll() is None:
         try:
-            if all(httpx.get(f"{url}/explanations/{name}", timeout=10).status_code == 200 for name in names):
+            if file.exists() and all(httpx.get(f"{url}/explanations/{name}", timeout=10).status_code == 200 for name in names):
                 return url
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise ServerError(f"it is not ready: {(run / 'log').read_text()[-3000:]}")
+    raise ServerError(f"it is not ready: {file.with_name('log').read_text()[-3000:]}")

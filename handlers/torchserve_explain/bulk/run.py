@@ -25,7 +25,7 @@ from torchserve_explain.records import Record, check_apart, progress
 
 FORMAT = 1  # of what a lake holds
 ROWS = 256  # of a file, about
-ACTOR_CPUS, OTHER_CPUS = 0.75, 0.125  # what an actor counts for, and a task beside it: explaining is most of the work, and room is left
+ACTOR_CPUS, OTHER_CPUS = 0.75, 0.125  # what an actor counts for, and a task beside it: explaining is most of the work
 AHEAD = 512_000_000  # bytes that may wait between the stages, for each actor
 
 
