@@ -308,3 +308,11 @@ def test_what_cannot_be_is_refused(store, many, tmp_path, capsys):
     assert "allowed: at most 2" in refused(many, tmp_path / "out", "--actors", "3")
     assert "'grad_cat' is unknown" in refused(many, tmp_path / "out", "--methods", "grad_cat")
     assert "cannot be opened" in refused("ftp://nowhere/in", tmp_path / "out")
+
+
+def test_rows_of_a_large_row_group_are_told_apart(tmp_path):
+    images = [bytes([number]) for number in range(80)]
+    parquet.write_table(pa.table({"path": list(map(str, range(80))), "image": images}), tmp_path / "lake.parquet")
+    place = Place(str(tmp_path / "lake.parquet"))
+    (portion,) = sources.portions(sources.find(place, []).items.take([1, 40, 79]))
+    assert dict(sources.read(place, portion)) == {0: b"\x01", 1: b"\x28", 2: b"\x4f"}
