@@ -3,18 +3,17 @@
 import logging
 import os
 from http import HTTPStatus
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchserve_explain.archive import Archive
-from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.servers.host import Host
+from torchserve_explain.servers.in_flight import InFlight
 from torchserve_explain.servers.torchserve_metrics import Metrics
 from torchserve_explain.serving.answers import Answer
-from torchserve_explain.serving.in_flight import InFlight
 from torchserve_explain.serving.service import RawRequest, Service, error_answer
 from torchserve_explain.serving.settings import read_settings
 
@@ -39,11 +38,10 @@ class ExplainHandler:
         self._continuous = settings.continuousBatching
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
         service = Service(classifier, labels, settings, {"name": context.model_name, "version": version})
-        quantum = settings.explanations.limits.quantum / 1000
-        engine = Engine(classifier, service.limits.pack, quantum if self._continuous else inf)
-        self._metrics = Metrics(context, engine, service)
-        service.warm_up(engine)
-        self._in_flight = InFlight(service, engine, quantum)
+        host = Host(service, version)
+        self._metrics = Metrics(context, host.engine, service)
+        host.warm_up()
+        self._in_flight = InFlight(host, service.limits.quantum / 1000)
         log.info("%s %s on %s: %d classes, %d layers folded, last layer %s, %s batching", context.model_name, version, device,
                  classifier.classes, classifier.folded, classifier.last_layer,
                  "continuous" if self._continuous else "classic")  # fmt: skip

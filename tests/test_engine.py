@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE, small_cnn
+from conftest import NORMALIZATION, SIZE, around_passes, small_cnn, watched_passes
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
@@ -89,12 +89,6 @@ def test_rows_of_different_jobs_share_passes(classifier):
     assert sizes == [4, 2]
 
 
-def watched_passes(classifier):
-    sizes, evaluate = [], classifier.evaluate
-    classifier.evaluate = lambda inputs, *args, **options: (sizes.append(len(inputs)), evaluate(inputs, *args, **options))[1]
-    return sizes
-
-
 def test_the_module_given_is_never_touched_and_the_served_one_comes_back(model):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -109,9 +103,11 @@ def test_the_module_given_is_never_touched_and_the_served_one_comes_back(model):
 
 def test_the_served_model_comes_back_after_an_exception(classifier):
     served, jobs = state_of(classifier._model), mixed_jobs(classifier)
-    broken = classifier._model.head.register_forward_hook(lambda *_: 1 / 0)
-    outcomes = Engine(classifier, 8).run(jobs)
-    broken.remove()
+    engine = Engine(classifier, 8)
+    broken = [one._model.head.register_forward_hook(lambda *_: 1 / 0) for one in (classifier, classifier.aside)]
+    outcomes = engine.run(jobs)
+    for hook in broken:
+        hook.remove()
     assert all(isinstance(outcome, AttributionError) for outcome in outcomes)
     assert_same_state(served, state_of(classifier._model))
 
@@ -143,14 +139,14 @@ def test_a_failing_job_takes_no_neighbour_with_it(classifier, image, method):
 
 def limited(classifier, rows):
     """Let a classifier run out of memory beyond a number of rows, as a device does; return the sizes it managed."""
-    evaluate, logits, managed = classifier.evaluate, classifier.logits, []
+    logits, managed = classifier.logits, []
 
     def fits(inputs):
         if len(inputs) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
         managed.append(len(inputs))
 
-    classifier.evaluate = lambda inputs, *args, **options: (fits(inputs), evaluate(inputs, *args, **options))[1]
+    around_passes(classifier, lambda evaluate, inputs, *a, **o: (fits(inputs), evaluate(inputs, *a, **o))[1])
     classifier.logits = lambda inputs: (fits(inputs), logits(inputs))[1]
     return managed
 

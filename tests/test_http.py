@@ -14,7 +14,7 @@ pytest.importorskip("python_multipart")
 from fastapi import FastAPI
 
 from torchserve_explain.errors import ServerError
-from torchserve_explain.servers.background import named_archives
+from torchserve_explain.servers.host import named_archives
 from torchserve_explain.servers.http import LARGEST, router
 from torchserve_explain.serving.answers import Answer
 

@@ -1,6 +1,8 @@
 """TorchServe's two modes without TorchServe: who is answered when, who stays in flight, who is forgotten."""
 
 import json
+import time
+from threading import Event
 
 import pytest
 from conftest import small_cnn
@@ -8,8 +10,9 @@ from live import picture
 
 import explain_handler
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.serving.in_flight import InFlight
+from torchserve_explain.servers.host import Host
+from torchserve_explain.servers.in_flight import InFlight
+from torchserve_explain.serving import service as service_module
 from torchserve_explain.serving.service import RawRequest, Service
 from torchserve_explain.serving.settings import Settings
 
@@ -40,8 +43,11 @@ def service():
     return Service(classifier, [], settings, {"name": "small", "version": "1.0"})
 
 
-def in_flight_of(service, quantum=0.02, pack=2):
-    return InFlight(service, Engine(service._classifier, pack, quantum), quantum)
+@pytest.fixture
+def in_flight(service):
+    host = Host(service)
+    yield InFlight(host, 0.02)
+    host.close()
 
 
 def until(in_flight, requests, name, calls=2000):
@@ -56,8 +62,7 @@ def until(in_flight, requests, name, calls=2000):
     raise AssertionError(f"{name} was not answered in {calls} calls")
 
 
-def test_a_short_request_is_answered_while_a_long_one_stays_in_flight(service):
-    in_flight = in_flight_of(service)
+def test_a_short_request_is_answered_while_a_long_one_stays_in_flight(in_flight):
     requests = {"long": explain, "short": predict}
     answers = until(in_flight, requests, "short")
     assert "long" not in answers and len(in_flight) == 1
@@ -65,30 +70,35 @@ def test_a_short_request_is_answered_while_a_long_one_stays_in_flight(service):
     assert len(in_flight) == 0
 
 
-def test_what_is_handed_over_again_is_not_read_again(service):
-    in_flight, read = in_flight_of(service), []
+def test_what_is_handed_over_again_is_not_read_again(in_flight):
+    read = []
     until(in_flight, {"long": lambda: (read.append(1), explain())[1]}, "long")
     assert read == [1]
 
 
-def test_a_request_that_is_no_longer_handed_over_is_dropped_and_its_place_is_free(service):
+def test_a_request_that_is_no_longer_handed_over_is_dropped_and_its_place_is_free(service, in_flight):
     service._places = 1
-    in_flight = in_flight_of(service)
     assert in_flight.call({"gone": explain}) == {}
     until(in_flight, {"short": predict}, "short")
-    assert len(in_flight) == 0 and in_flight._engine.in_flight == 0
+    assert len(in_flight) == 0 and in_flight._host.engine.in_flight == 0
     assert until(in_flight, {"next": explain}, "next")["next"].status == 200
 
 
-def test_a_call_lasts_longer_where_handing_over_takes_long(service):
-    now = [0.0]
-    in_flight = InFlight(service, Engine(service._classifier, 2), 0.05, clock=lambda: now[0])
-    assert in_flight._length(0.0) == 0.05
-    in_flight._short = 10.0
-    assert in_flight._length(11.0) == 0.025 and in_flight._length(13.0) == 0.05  # a short request may have company
-    in_flight._short = -10.0
+def test_a_call_lasts_longer_where_handing_over_takes_long(in_flight):
+    assert in_flight._length(0.0) == 0.02
     in_flight._returned = 1.0
-    assert in_flight._length(1.005) == 0.05 and in_flight._length(1.1) == pytest.approx(0.4) and in_flight._length(9.0) == 1.0
+    assert in_flight._length(1.004) == 0.02
+    assert in_flight._length(1.1) == pytest.approx(0.4) and in_flight._length(9.0) == 1.0
+
+
+def test_a_call_with_nothing_finished_waits_and_takes_no_processor_time(service, in_flight, monkeypatch):
+    release = Event()
+    monkeypatch.setattr(service_module, "read_request", lambda *_: release.wait(30))
+    in_flight._quantum = 0.4
+    began, cpu = time.perf_counter(), time.process_time()
+    assert in_flight.call({"waiting": predict}) == {}
+    assert time.perf_counter() - began > 0.3 and time.process_time() - cpu < 0.2
+    release.set()
 
 
 class Context:
@@ -124,14 +134,14 @@ class Counted:
         self.in_flight = in_flight
 
 
-def handler_of(service, continuous):
+def handler_of(in_flight, continuous):
     handler = explain_handler.ExplainHandler()
-    handler._in_flight, handler._continuous, handler._metrics = in_flight_of(service), continuous, Counted()
+    handler._in_flight, handler._continuous, handler._metrics = in_flight, continuous, Counted()
     return handler
 
 
-def test_the_handler_leaves_what_is_in_flight_out_of_the_answer(service):
-    handler, data = handler_of(service, continuous=True), {"long": LONG, "short": PREDICTION}
+def test_the_handler_leaves_what_is_in_flight_out_of_the_answer(in_flight):
+    handler, data = handler_of(in_flight, continuous=True), {"long": LONG, "short": PREDICTION}
     for _ in range(2000):
         context = Context(data)
         bodies = handler.handle(list(data.values()), context)
@@ -142,20 +152,20 @@ def test_the_handler_leaves_what_is_in_flight_out_of_the_answer(service):
     assert context.types == {1: "application/json"} and handler._metrics.in_flight == 1
 
 
-def test_the_handler_answers_whole_batches_without_continuous_batching(service):
+def test_the_handler_answers_whole_batches_without_continuous_batching(in_flight):
     context = Context(["long", "short"])
-    bodies = handler_of(service, continuous=False).handle([LONG, PREDICTION], context)
+    bodies = handler_of(in_flight, continuous=False).handle([LONG, PREDICTION], context)
     assert set(context.request_ids) == {0, 1} and all(map(json.loads, bodies))
 
 
-def test_nothing_leaves_the_handler_as_an_exception(service, monkeypatch):
-    handler = handler_of(service, continuous=True)
-    monkeypatch.setattr(handler._in_flight._engine, "step", lambda _within: 1 / 0)
+def test_nothing_leaves_the_handler_as_an_exception(in_flight, monkeypatch):
+    handler = handler_of(in_flight, continuous=True)
+    monkeypatch.setattr(in_flight._host.engine, "add", lambda *_: 1 / 0)
     context = Context(["long", "short"])
     bodies = handler.handle([LONG, PREDICTION], context)
-    assert context.statuses == {0: 500, 1: 500} and b"division" not in bodies[0] and len(handler._in_flight) == 0
+    assert context.statuses == {0: 500, 1: 500} and b"division" not in bodies[0] and len(in_flight) == 0
     monkeypatch.undo()
-    assert until(handler._in_flight, {"short": predict}, "short")["short"].status == 200
+    assert until(in_flight, {"short": predict}, "short")["short"].status == 200
 
 
 def test_settings_refuse_what_breaks_continuous_batching():

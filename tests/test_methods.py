@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE
+from conftest import NORMALIZATION, SIZE, watched_passes
 from torch import nn
 
 from torchserve_explain.attribution import methods
@@ -39,8 +39,7 @@ def test_every_method_that_has_a_name_is_listed():
 
 
 def test_both_computations_share_passes_and_return_their_results(classifier, image):
-    case, sizes, evaluate = case_of(classifier, image), [], classifier.evaluate
-    classifier.evaluate = lambda inputs, *args, **options: (sizes.append(len(inputs)), evaluate(inputs, *args, **options))[1]
+    case, sizes = case_of(classifier, image), watched_passes(classifier)
     images = lambda _: image  # noqa: E731
     (result,) = Engine(classifier, 8).results([Piece(both(case.scores(2, images), case.scores(3, images)))])
     assert sizes == [5] and list(map(len, result.value)) == [2, 3] and result.evaluations == 5

@@ -12,10 +12,11 @@ from live import picture, white
 from PIL import Image
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
+from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving import service as service_module
-from torchserve_explain.serving.in_flight import InFlight
-from torchserve_explain.serving.service import RawRequest, Service
+from torchserve_explain.serving.service import RawRequest, Service, error_answer
 from torchserve_explain.serving.settings import Settings
 
 CONFIG = {
@@ -47,9 +48,11 @@ def explain(data=EXPLANATION, headers=ASKED, **when):
 
 def answers(service, *raws, classifier=None):
     """Return the answers to requests that are in flight together."""
-    in_flight = InFlight(service, Engine(classifier or service._classifier, 8), 0.05)
-    found = in_flight.answer_all({str(index): lambda raw=raw: raw for index, raw in enumerate(raws)})
-    return [found[str(index)] for index in range(len(raws))]
+    engine = Engine(classifier or service.classifier, 8)
+    tasks = [engine.add(Piece(service.answer(raw)), service.deadline(raw)) for raw in raws]
+    while any(task.outcome is None for task in tasks):
+        engine.step()
+    return [error_answer(task.outcome) if isinstance(task.outcome, ExplainError) else task.outcome.value for task in tasks]
 
 
 def test_a_request_whose_time_is_over_is_a_504_and_its_neighbour_is_answered(service):
@@ -102,14 +105,14 @@ def test_whatever_fails_on_the_way_is_the_answer_of_that_request_alone(service, 
 
 def test_a_model_that_answers_nan_is_a_500_and_never_nan_in_json(service):
     with torch.no_grad():
-        service._classifier._model.head.bias.fill_(float("nan"))
+        service.classifier._model.head.bias.fill_(float("nan"))
     for answer in answers(service, predict(), explain()):
         assert answer.status == 500 and b"NaN" not in answer.body
 
 
 def test_a_forward_that_raises_for_one_image_fails_its_request_alone(service, monkeypatch):
     """The pass that they share is repeated for each of them."""
-    logits, calls = service._classifier._model.forward, []
+    logits, calls = service.classifier._model.forward, []
 
     def forward(x):
         calls.append(len(x))
@@ -117,7 +120,7 @@ def test_a_forward_that_raises_for_one_image_fails_its_request_alone(service, mo
             raise RuntimeError("a fault of the user's own forward")
         return logits(x)
 
-    monkeypatch.setattr(service._classifier._model, "forward", forward)
+    monkeypatch.setattr(service.classifier._model, "forward", forward)
     for _ in range(50):  # until they happen to share one
         failed, *fine = answers(service, predict({"data": white()}), predict(), explain())
         assert failed.status == 500 and [answer.status for answer in fine] == [200, 200]
@@ -185,7 +188,7 @@ def test_what_is_echoed_makes_the_same_map_again(service):
 
 
 def test_the_first_client_finds_a_service_that_has_explained(service):
-    assert service.warm_up(Engine(service._classifier, 8)).evaluations == 17
+    assert service.warm_up(Engine(service.classifier, 8)).evaluations == 17
 
 
 def test_adaptive_paths_share_what_the_fixed_jobs_leave(service):

@@ -5,12 +5,12 @@ import time
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE, small_cnn
+from conftest import NORMALIZATION, SIZE, around_passes, small_cnn
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Piece, background, results, side_by_side, together
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.policy import AGEING, GROWING, MEASURED, Pace, PackLimit
+from torchserve_explain.attribution.policy import AGEING, GROWING, MEASURED, PackLimit
 from torchserve_explain.attribution.rows import Rows, Score
 from torchserve_explain.errors import AttributionError, DeadlinePassed, OutOfMemory
 
@@ -31,13 +31,13 @@ def asking(image, *counts, **wanted):
 
 def ticking(seconds_a_row, classifier):
     """Let passes take time by their rows, on a clock of its own."""
-    now, evaluate = [0.0], classifier.evaluate
+    now = [0.0]
 
-    def slow(inputs, *arguments, **options):
+    def slow(evaluate, inputs, *arguments, **options):
         now[0] += seconds_a_row * len(inputs)
         return evaluate(inputs, *arguments, **options)
 
-    classifier.evaluate = slow
+    around_passes(classifier, slow)
     return now
 
 
@@ -58,7 +58,7 @@ def test_the_least_remaining_goes_first_and_nothing_starves(classifier, image):
 
 
 def test_a_short_request_overtakes_long_ones_that_were_there_before(classifier, image):
-    engine = Engine(classifier, 4, quantum=1e-9)
+    engine = Engine(classifier, 1)
     longs = [engine.add(Piece(asking(image, 50))) for _ in range(3)]
     for _ in range(8):
         engine.step()
@@ -69,53 +69,20 @@ def test_a_short_request_overtakes_long_ones_that_were_there_before(classifier, 
 
 
 def test_an_expensive_row_counts_for_what_it_takes(classifier, image):
-    """Ten cheap rows go before two that take ten times as long, once that is known."""
-    now, evaluate = [0.0], classifier.evaluate
+    """Twenty cheap rows go before three that take ten times as long, once that is known."""
+    now = [0.0]
 
-    def slow(inputs, *arguments, **options):
+    def slow(evaluate, inputs, *arguments, **options):
         now[0] += len(inputs) * (10.0 if options["gradient"] else 1.0)
         return evaluate(inputs, *arguments, **options)
 
-    classifier.evaluate = slow
+    around_passes(classifier, slow)
     engine = Engine(classifier, 1, clock=lambda: now[0])
     engine.run([Piece(asking(image, 1)), Piece(asking(image, 1, gradient=True))])
-    expensive, cheap = engine.add(Piece(asking(image, 2, gradient=True))), engine.add(Piece(asking(image, 10)))
+    expensive, cheap = engine.add(Piece(asking(image, 3, gradient=True))), engine.add(Piece(asking(image, 20)))
     while cheap.outcome is None:
         engine.step()
     assert expensive.outcome is None
-
-
-def test_a_pass_is_kept_short_while_somebody_waits_and_is_full_while_nobody_does(classifier, image):
-    now = ticking(0.02, classifier)
-    sizes, evaluate = [], classifier.evaluate
-    classifier.evaluate = lambda inputs, *a, **o: (sizes.append(len(inputs)), evaluate(inputs, *a, **o))[1]
-    engine = Engine(classifier, 16, quantum=0.1, clock=lambda: now[0])
-    engine.run([Piece(asking(image, 64))])
-    assert sizes == [16] * 4
-    sizes.clear()
-    engine.run([Piece(asking(image, 64)), Piece(asking(image, 64))])
-    assert max(sizes[:10]) == 5  # rows of 0.02 s in 0.1 s
-    sizes.clear()
-    engine.add(Piece(asking(image, 16)))
-    engine.step(within=0.045)  # a host that cannot see arrivals meanwhile
-    assert sizes == [2]
-
-
-def test_one_row_rides_where_nothing_is_known_or_none_fits():
-    pace = Pace()
-    assert pace.rows_within(1.0, 16) == 1 and pace.rows_within(float("inf"), 16) == 16
-    pace.learn(1.0, 4, 2.0)
-    assert pace.rows_within(0.1, 16) == 1 and pace.rows_within(2.0, 16) == 4
-
-
-def test_a_size_is_tried_while_it_may_fit_and_again_after_a_disturbance():
-    real = {1: 0.05, 2: 0.077, 3: 0.086, 4: 0.087, 5: 0.1, 6: 0.122}  # as measured: the second row takes half of the first
-    pace, sizes = Pace(), []
-    for number in range(600):
-        sizes.append(pace.rows_within(0.1, 16))
-        pace.learn(number, sizes[-1], 0.5 if number == 3 else real[sizes[-1]])
-    assert sizes[0] == 1 and sizes[4] < sizes[3]  # which was disturbed
-    assert sizes[-50:].count(5) >= 35 and max(sizes) <= 6
 
 
 def test_a_halved_pack_grows_again_and_never_beyond_what_was_given():
@@ -140,14 +107,14 @@ def test_inputs_that_raise_fail_their_own_work_alone(classifier, image):
 
 
 def test_rows_that_make_a_pass_fail_are_found_and_cost_their_neighbours_nothing(classifier, image):
-    evaluate, bad = classifier.evaluate, torch.full_like(image, 9.0)
+    bad = torch.full_like(image, 9.0)
 
-    def failing(inputs, *arguments, **options):
+    def failing(evaluate, inputs, *arguments, **options):
         if bool((inputs == 9).flatten(1).all(1).any()):
             raise RuntimeError("the user's forward cannot take this")
         return evaluate(inputs, *arguments, **options)
 
-    classifier.evaluate = failing
+    around_passes(classifier, failing)
     fine, guilty, other = Engine(classifier, 8).run([Piece(asking(image, 3)), Piece(asking(bad, 1)), Piece(asking(image, 2))])
     assert fine.value == 3 and other.value == 2 and isinstance(guilty, AttributionError)
     assert fine.evaluations == 3  # no row was counted twice
@@ -183,16 +150,17 @@ def test_threads_work_while_passes_go_on(classifier, image):
     assert waiting.outcome.value == "done"
 
 
-def test_a_step_with_nothing_but_threads_waits_for_the_first_and_no_longer_than_it_may(classifier):
+def test_a_step_with_nothing_but_threads_waits_for_the_first_or_until_it_is_woken(classifier):
     release = threading.Event()
-    engine = Engine(classifier, 4, quantum=0.05)
+    engine = Engine(classifier, 4)
     task = engine.add(Piece(background(release.wait, 30)))
+    threading.Timer(0.3, engine.wake).start()
     began, cpu = time.perf_counter(), time.process_time()
-    engine.step(within=0.3)
+    engine.step()
     assert time.perf_counter() - began > 0.2 and time.process_time() - cpu < 0.15  # it slept
     assert task.outcome is None
     release.set()
-    engine.step(within=30)
+    engine.step()
     assert task.outcome is not None
 
 

@@ -2,10 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
+from torchserve_explain.attribution.interruption import interrupted, is_independent, sharing_copy
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score
@@ -76,8 +77,20 @@ class Classifier:
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
         self.spatial_layers = self._layers_with_gradient()
         self.operations = operations(self._model, self.example)
-        # A few rules at a time: each holds changed layers, and a client chooses their parameters.
-        self._changed = lru_cache(maxsize=4)(lambda rule: rule.apply(self._model))
+        self._changed = _changes(self._model)
+
+    @cached_property
+    def aside(self) -> "Classifier | None":
+        """The same classifier with modules of its own, for passes while one of this is interrupted; None where it has none."""
+        models = [self._model] if self._narrow is None else [self._model, self._narrow]
+        copies = [sharing_copy(model) for model in models]
+        if not all(is_independent(copied, model, self.example) for copied, model in zip(copies, models, strict=True)):
+            log.warning("passes are not interrupted: a copy of the model calls the model itself")
+            return None
+        other = copy.copy(self)
+        other._model, other._narrow = copies[0], copies[1] if len(copies) > 1 else None
+        other._changed = _changes(other._model)
+        return other
 
     @property
     def last_layer(self) -> str | None:
@@ -112,12 +125,14 @@ class Classifier:
         activations: Sequence[str] = (),
         rule: BackwardRule | None = None,
         precise: bool = False,
+        pause: Callable[[], None] | None = None,
     ) -> Evaluation:
         """Run one pass: each row's score of its target, and, where asked, the gradients to the input and to layers.
 
         A target None is the predicted class; `precise` rows are never evaluated in low precision. Without `each` the
         gradients to the input are known as weighted sums only. With layers alone the backward pass goes no further than
-        the first of them; `activations` are layers whose output alone is wanted.
+        the first of them; `activations` are layers whose output alone is wanted. `pause` is called between layers, but
+        for a pass under a rule, and may run passes of `aside`.
         """
         model = self._model if rule is None else self._changed(rule)
         if not precise and self._narrow is not None and rule is None and not gradient:
@@ -128,6 +143,7 @@ class Classifier:
             torch.set_grad_enabled(gradient or bool(layers)),
             passing(model, stem) as edges,
             _captured(model, {*layers, *activations}) as outputs,
+            interrupted(model, pause if rule is None else None),
         ):
             logits = model(x.clone())  # a clone, should the model work in place
             selected = _select(logits, targets, scores)
@@ -206,6 +222,11 @@ class Classifier:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"a classifier must answer logits [n, classes] with two classes or more, this one answers {shape}")
         return output.shape[1]
+
+
+def _changes(model: nn.Module) -> Callable[[BackwardRule], nn.Module]:
+    """Return what makes the model changed by a rule; a few are kept: each holds layers, and a client chooses parameters."""
+    return lru_cache(maxsize=4)(lambda rule: rule.apply(model))
 
 
 def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:

@@ -1,13 +1,15 @@
 """The engine: computations in flight, stepped by a host; the rows of all of them share passes.
 
 The engine alone decides whose rows go first, how many ride in a pass, what a failing pass means, and when a deadline
-is reached. A computation that fails takes none of its neighbours with it.
+is reached. A computation that fails takes none of its neighbours with it. A pass under way is interrupted, between two
+layers, by the rows of who needs only few.
 """
 
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from math import inf
 from typing import Any, TypeVar
 
@@ -17,7 +19,16 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Call, Need, Outcome, Piece, Result, Work, logits_of, succeeded
 from torchserve_explain.attribution.memory import is_out_of_memory
-from torchserve_explain.attribution.policy import Kind, Paces, PackLimit, first_to_last, remaining_seconds
+from torchserve_explain.attribution.policy import (
+    AGEING,
+    Kind,
+    Paces,
+    PackLimit,
+    UnderWay,
+    first_to_last,
+    is_short,
+    remaining_seconds,
+)
 from torchserve_explain.attribution.rows import Evaluation, Rows
 from torchserve_explain.attribution.tasks import Block, RunningGroup, Slice, Task, evaluated
 from torchserve_explain.attribution.threads import Threads
@@ -25,28 +36,34 @@ from torchserve_explain.errors import AttributionError, DeadlinePassed, ExplainE
 
 log = logging.getLogger(__name__)
 LATE = "out of time before the request's deadline; ask for fewer methods, steps or samples"
-GRACE = 0.015  # seconds for which a thread just started is waited for: most are shorter than a pass
 T = TypeVar("T")
 
 
 class Engine:
-    """Runs computations on one classifier with at most `pack` rows a pass.
+    """Runs computations on one classifier with at most `pack` rows a pass. `clock` tells seconds.
 
-    A pass is kept within `quantum` seconds while more than one request is in flight. `clock` tells seconds.
+    `arrivals` is called between steps and between the layers of a pass; it may add work, and drop it.
     """
 
     def __init__(
-        self, classifier: Classifier, pack: int, quantum: float = inf, clock: Callable[[], float] = time.monotonic
+        self,
+        classifier: Classifier,
+        pack: int,
+        arrivals: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.classifier = classifier
         self.passes = self.rows = 0  # so far
         self.seconds = 0.0  # spent on passes so far
-        self._quantum, self._clock = quantum, clock
+        self._arrivals, self._clock = arrivals, clock
+        self._aside = classifier.aside  # which is copied while no pass is under way
         self._limit, self._paces = PackLimit(pack), Paces()
         self._roots: list[Task[Any]] = []  # in order of arrival
         self._ready: deque[Task[Any]] = deque()
         self._threads = Threads()
-        self._latest_call = -inf
+        self._due = 0  # the passes when it was last the turn of who has waited longest
+        self._under_way: UnderWay | None = None
+        self._news = False  # whether anything has gone on since it was last looked for somebody who may interrupt
 
     @property
     def pack(self) -> int:
@@ -58,9 +75,12 @@ class Engine:
         """How many computations have been added and not ended."""
         return len(self._roots)
 
-    def add(self, work: Work[T], deadline: float = inf) -> Task[T]:
-        """Take work in; its task's `outcome` is set once it has ended. `deadline` is a time of the engine's clock."""
-        task = Task(work, self._clock(), deadline)
+    def add(self, work: Work[T], deadline: float = inf, ended: Callable[[], None] = lambda: None) -> Task[T]:
+        """Take work in; its task's `outcome` is set once it has ended, and `ended` is called.
+
+        `deadline` is a time of the engine's clock.
+        """
+        task = Task(work, self._clock(), deadline, ended=ended)
         self._roots.append(task)
         self._queue(task)
         return task
@@ -75,20 +95,20 @@ class Engine:
         """End the waiting of the step under way, or of the next; the one method that another thread may call."""
         self._threads.wake()
 
-    def step(self, within: float = inf) -> None:
-        """Run one pass, of at most about `within` seconds, and let go on what is ready before and after it.
+    def step(self) -> None:
+        """Run one pass, and let go on what is ready before and after it.
 
-        Where all wait for threads, the first of them is waited for instead, at most `within` seconds.
+        Where all wait for threads, the first of them is waited for instead, or until the engine is woken.
         """
         self._go_on()
-        if within < inf or self._quantum < inf:
-            self._wait_for_young_calls()
         self._end_the_late()
-        order = first_to_last(self._roots, self._remaining, self.passes)
+        due = self.passes - self._due >= AGEING  # those that interrupt count
+        order = first_to_last(self._roots, self._remaining, due)
         if order:
-            self._pass(self._fill(order, within))
-        else:
-            self._wait_for_a_call(within)
+            self._due = self.passes if due else self._due
+            self._pass(self._fill(order))
+        elif not self._threads.woken and any(root.calling for root in self._roots):
+            self._take_calls(inf)
         self._go_on()
         self._threads.woken = False
 
@@ -123,6 +143,7 @@ class Engine:
 
     def _go_on(self) -> None:
         """Let every task go on that has what it asked for."""
+        self._arrivals()
         self._take_calls(0.0)
         while self._ready:
             task = self._ready.popleft()
@@ -131,6 +152,7 @@ class Engine:
                 self._resume(task)
 
     def _resume(self, task: Task[Any]) -> None:
+        self._news = True
         error, task.error = task.error, None
         if not task.begun and self._clock() > task.deadline:
             error = DeadlinePassed(LATE)
@@ -179,7 +201,6 @@ class Engine:
         if self._clock() > task.deadline:
             raise DeadlinePassed(LATE)
         task.calls.add(call)
-        self._latest_call = self._clock()
         self._threads.run(task, call)
 
     def _start(self, group: RunningGroup[Any]) -> None:
@@ -194,6 +215,7 @@ class Engine:
         task.end(outcome)
         if task.parent is None:
             self._roots = [root for root in self._roots if root is not task]
+            task.ended()
             return
         parent = task.parent
         group = next((group for group in parent.groups if task in group.running.values()), None)
@@ -211,30 +233,13 @@ class Engine:
 
     # Threads.
 
-    def _take_calls(self, wait: float) -> bool:
-        """Note which calls have ended, after waiting for the first of them; return whether the wait has ended early."""
-        ended = self._threads.ended(wait)
-        for task, call in filter(None, ended):
+    def _take_calls(self, wait: float) -> None:
+        """Note which calls have ended, after waiting for the first of them."""
+        for task, call in filter(None, self._threads.ended(wait)):
             if call in task.calls:
                 task.calls.discard(call)
                 if not task.waits:
                     self._queue(task)
-        return bool(ended)
-
-    def _wait_for_young_calls(self) -> None:
-        """Wait a moment for calls that have just begun: most are shorter than a pass, and what comes after them is short."""
-        until = self._clock() + GRACE
-        while any(root.calling for root in self._roots):
-            now = self._clock()
-            left = min(until, self._latest_call + GRACE) - now
-            if left <= 0 or not self._take_calls(left):
-                return
-            self._go_on()
-
-    def _wait_for_a_call(self, seconds: float) -> None:
-        """Wait for the first call under way to end, where nothing else is to be done."""
-        if not self._threads.woken and any(root.calling for root in self._roots) and self._take_calls(seconds):
-            self._go_on()
 
     # Passes.
 
@@ -264,13 +269,15 @@ class Engine:
         low = self.classifier.narrow is not None and not rows.gradient and not rows.precise
         return rows.gradient or bool(rows.layers), rows.rule, low
 
-    def _fill(self, order: Sequence[Task[Any]], within: float) -> list[Slice]:
-        """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along."""
-        blocks = [(task, block) for task in order for block in task.blocks]
+    def _fill(self, order: Sequence[Task[Any]]) -> list[Slice]:
+        """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along.
+
+        Where it is a short request's, only other short ones' do.
+        """
+        alike = takewhile(lambda task: is_short(task.root), order) if is_short(order[0].root) else order
+        blocks = [(task, block) for task in alike for block in task.blocks]
         kind = self._kind(blocks[0][1].rows)
-        quantum = self._quantum if len(self._roots) > 1 else inf
-        free = self._paces.of(kind).rows_within(min(quantum, within), self._limit.rows)
-        slices: list[Slice] = []
+        slices, free = list[Slice](), self._limit.rows
         for task, block in blocks:
             if free and self._kind(block.rows) == kind:
                 slices.append(Slice(task, block, min(free, block.left)))
@@ -283,12 +290,11 @@ class Engine:
             made = [(part, inputs) for part in slices if (inputs := self._inputs(part)) is not None]
             if not made:
                 return
-            began = self._clock()
-            evaluation = evaluated(self.classifier, [part for part, _ in made], torch.cat([inputs for _, inputs in made]))
+            evaluation, seconds = self._evaluate([part for part, _ in made], torch.cat([inputs for _, inputs in made]))
         except Exception as error:
             failure = None if is_out_of_memory(error) else error.with_traceback(None)
         else:
-            self._hand_out([part for part, _ in made], evaluation, began)
+            self._hand_out([part for part, _ in made], evaluation, seconds)
             return
         # Outside the handler: the exception no longer holds the pass's tensors.
         self._recover([part for part in slices if part.block in part.task.blocks], failure)
@@ -303,15 +309,46 @@ class Engine:
             self._throw(part.task, error)
             return None
 
-    def _hand_out(self, slices: Sequence[Slice], evaluation: Evaluation, began: float) -> None:
+    def _evaluate(self, slices: Sequence[Slice], inputs: Tensor) -> tuple[Evaluation, float]:
+        """Return a pass's evaluation and its seconds, without those of passes that have interrupted it."""
+        if self._under_way is not None and self._aside is not None:  # this one interrupts
+            began = self._clock()
+            evaluation = evaluated(self._aside, slices, inputs)
+            seconds = self._clock() - began
+            self._under_way.interrupted += seconds
+            return evaluation, seconds
+        self._under_way = pass_ = UnderWay({part.task.root for part in slices}, self._clock())
+        try:
+            evaluation = evaluated(self.classifier, slices, inputs, None if self._aside is None else self._let_pass)
+        finally:
+            self._under_way = None
+        return evaluation, self._clock() - pass_.began - pass_.interrupted
+
+    def _let_pass(self) -> None:
+        """Between two layers of a pass, run the passes of those who need only few rows."""
+        self._go_on()
+        while (short := self._short()) and self._under_way is not None and self._under_way.yields(self._clock()):
+            self._pass(self._fill(short))
+            self._go_on()
+
+    def _short(self) -> list[Task[Any]]:
+        """Return the tasks that may interrupt the pass under way, in the order in which they get rows."""
+        if self._under_way is None or not self._news:
+            return []
+        others = [root for root in self._roots if root not in self._under_way.roots]
+        short = [root for root in others if is_short(root)]
+        self._news = bool(order := first_to_last(short, self._remaining))
+        return order
+
+    def _hand_out(self, slices: Sequence[Slice], evaluation: Evaluation, seconds: float) -> None:
         """Give every task its rows of a pass."""
-        rows, now = sum(part.count for part in slices), self._clock()
-        self.passes, self.rows, self.seconds = self.passes + 1, self.rows + rows, self.seconds + now - began
+        rows = sum(part.count for part in slices)
+        self.passes, self.rows, self.seconds = self.passes + 1, self.rows + rows, self.seconds + seconds
         self._limit.fitted()
-        self._paces.of(self._kind(slices[0].block.rows)).learn(now, rows, now - began)
+        self._paces.of(self._kind(slices[0].block.rows)).learn(self._clock(), rows, seconds)
         start = 0
         for part in slices:
-            own, share = evaluation.slice(start, start + part.count), (now - began) * part.count / rows
+            own, share = evaluation.slice(start, start + part.count), seconds * part.count / rows
             if part.block in part.task.blocks:  # else another of its slices has made it fail
                 self._guarded(part.task, lambda part=part, own=own, share=share: part.consume(own, share))  # type: ignore[misc]
             if not part.task.waits:

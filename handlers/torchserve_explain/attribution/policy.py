@@ -1,62 +1,34 @@
-"""Policy: whose rows go first, how many ride in a pass, and when time does not suffice any more."""
+"""Policy: whose rows go first, who may interrupt a pass, how many ride in one, and when time does not suffice any more."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from math import inf
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from torchserve_explain.attribution.rows import Rows
 from torchserve_explain.attribution.tasks import Task
 
-LEARNING = 0.3  # weight of the newest pass in what a pass of its size is expected to take
-FORGETTING = 0.98  # by which a size that does not fit is forgotten each time it is passed over
-HOPE = 0.25  # of a row's seconds, that one more row is hoped to take
 AGEING = 8  # one pass in so many belongs to the request that has waited longest, so that nothing starves
 LEARNT_FROM = 5  # the latest passes, whose median a row is expected to take: a first pass may take far longer
 MEASURED = 3  # passes that must have been measured before they make anything certain
+SHORT = 2  # rows in all of a request that may interrupt a pass, and shares passes with its like alone
 GROWING = 50  # passes that must fit before a halved pack is tried at twice the size
 
 Kind = tuple[bool, Any, bool]
 
 
 class Pace:
-    """How long rows of one kind take, learnt from passes of that kind.
-
-    A pass of two rows takes far less than twice as long as one of one, so seconds are kept for each number of rows.
-    """
+    """How long rows of one kind take, learnt from passes of that kind."""
 
     def __init__(self) -> None:
         self.row_seconds: float | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=64)  # when a pass ended, and its seconds a row
-        self._seconds: dict[int, float] = {}  # of a pass, by its rows
 
     def learn(self, now: float, rows: int, seconds: float) -> None:
         """Take a pass into account."""
         self._recent.append((now, seconds / rows))
         self.row_seconds = median([latest for _, latest in list(self._recent)[-LEARNT_FROM:]])
-        known = self._seconds.get(rows, seconds)
-        self._seconds[rows] = min(seconds, known + LEARNING * (seconds - known))  # a pass is disturbed, never helped
-
-    def rows_within(self, seconds: float, most: int) -> int:
-        """Return how many rows are expected to fit into a time: at least one, and only one while nothing is known."""
-        if seconds == inf:
-            return most
-        rows = 1
-        while self._seconds and rows < most and self._expected(rows + 1) <= seconds:
-            rows += 1
-        if rows + 1 in self._seconds:
-            self._seconds[rows + 1] *= FORGETTING  # so that a size that was once too slow is tried again
-        return rows
-
-    def _expected(self, rows: int) -> float:
-        """Return the seconds of a pass; one row more than what is known is hoped to be cheap, so that it is tried."""
-        smaller = max((known for known in self._seconds if known <= rows), default=None)
-        if smaller is None:
-            larger = min(self._seconds)
-            return self._seconds[larger] * rows / larger
-        more = (rows - smaller) / smaller
-        return self._seconds[smaller] * (1 + (HOPE * more if rows == smaller + 1 else more))
 
     def fastest_since(self, moment: float) -> float:
         """Return the least seconds a row of the passes since a moment; 0 where too few have been measured."""
@@ -112,19 +84,38 @@ class PackLimit:
             self.rows, self._fitted = min(self._most, 2 * self.rows), 0
 
 
-def first_to_last(roots: Sequence[Task[Any]], remaining: Callable[[Task[Any]], float], passes: int) -> list[Task[Any]]:
+@dataclass
+class UnderWay:
+    """A pass under way: whose rows it holds, when it began, and for how many seconds it has been interrupted."""
+
+    roots: Set[Task[Any]]
+    began: float
+    interrupted: float = 0.0
+
+    def yields(self, now: float) -> bool:
+        """Whether it may be interrupted: it gets one second in AGEING whatever else arrives."""
+        return self.interrupted <= (AGEING - 1) * (now - self.began - self.interrupted)
+
+
+def first_to_last(
+    roots: Sequence[Task[Any]], remaining: Callable[[Task[Any]], float], oldest_first: bool = False
+) -> list[Task[Any]]:
     """Return the tasks that wait for rows, in the order in which they get them.
 
-    The request with the least remaining goes first, so that a prediction passes a long explanation. Every AGEING-th pass
-    belongs to the one that has waited longest, which so gets that share of all passes whatever else arrives. Within a
-    request the same order holds among its tasks.
+    The request with the least remaining goes first, so that a prediction passes a long explanation; with `oldest_first`
+    the one that has waited longest goes before it. Within a request the same order holds among its tasks.
     """
     waiting = [(root, leaves) for root in roots if (leaves := list(root.leaves))]
     waiting.sort(key=lambda pair: remaining(pair[0]))
-    if waiting and passes % AGEING == AGEING - 1:
+    if waiting and oldest_first:
         oldest = min(range(len(waiting)), key=lambda index: waiting[index][0].arrived)
         waiting.insert(0, waiting.pop(oldest))
     return [leaf for _, leaves in waiting for leaf in sorted(leaves, key=remaining)]
+
+
+def is_short(task: Task[Any]) -> bool:
+    """Whether a request needs, with those that it has had, so few rows that nobody should make it wait."""
+    return task.evaluations + remaining_seconds(task, lambda _rows: 1.0, 1.0) <= SHORT
 
 
 def remaining_seconds(task: Task[Any], row_seconds: Callable[[Rows], float], cheapest: float) -> float:

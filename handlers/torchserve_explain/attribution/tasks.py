@@ -1,6 +1,6 @@
 """Tasks: computations under way, what each of them waits for, and who is waiting for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -30,10 +30,17 @@ class Block:
 class Task(Generic[T]):
     """A computation under way; it goes on once its blocks, calls and groups are done, or with an `error` thrown into it."""
 
-    def __init__(self, work: Work[T], arrived: float, deadline: float, parent: "Task[Any] | None" = None) -> None:
+    def __init__(
+        self,
+        work: Work[T],
+        arrived: float,
+        deadline: float,
+        parent: "Task[Any] | None" = None,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
         self.work = work
         self.computation = work.compute()
-        self.arrived, self.deadline, self.parent = arrived, deadline, parent
+        self.arrived, self.deadline, self.parent, self.ended = arrived, deadline, parent, ended
         self.blocks: list[Block] = []
         self.calls: set[Call[Any]] = set()
         self.groups: list[RunningGroup[Any]] = []
@@ -48,6 +55,11 @@ class Task(Generic[T]):
     def waits(self) -> bool:
         """Whether something that it has asked for is not there yet."""
         return bool(self.blocks or self.calls or self.groups)
+
+    @property
+    def root(self) -> "Task[Any]":
+        """The request that it belongs to: itself, where nobody has asked for it."""
+        return self if self.parent is None else self.parent.root
 
     @property
     def children(self) -> "Iterator[Task[Any]]":
@@ -155,8 +167,10 @@ class Slice:
         self.block.rows.consume(start, evaluation)
 
 
-def evaluated(classifier: Classifier, slices: Sequence[Slice], inputs: Tensor) -> Evaluation:
-    """Evaluate the rows of slices of one kind in one pass."""
+def evaluated(
+    classifier: Classifier, slices: Sequence[Slice], inputs: Tensor, pause: Callable[[], None] | None = None
+) -> Evaluation:
+    """Evaluate the rows of slices of one kind in one pass; `pause` is called between its layers."""
     wanted = [part.block.rows for part in slices for _ in range(part.count)]
     return classifier.evaluate(
         inputs,
@@ -168,4 +182,5 @@ def evaluated(classifier: Classifier, slices: Sequence[Slice], inputs: Tensor) -
         activations=sorted({layer for rows in wanted for layer in rows.activations}),
         rule=wanted[0].rule,
         precise=any(rows.precise for rows in wanted),
+        pause=pause,
     )

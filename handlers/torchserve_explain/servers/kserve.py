@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchserve_explain.errors import ExplainError, ServerError
 from torchserve_explain.options import whole
-from torchserve_explain.servers.background import DEVICE, Host, named_archives
+from torchserve_explain.servers.host import DEVICE, Host, named_archives
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

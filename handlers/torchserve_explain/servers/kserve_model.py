@@ -7,7 +7,7 @@ from kserve import Model, ModelServer
 from kserve.model import InferenceVerb
 from kserve.model_server import app
 
-from torchserve_explain.servers.background import Host
+from torchserve_explain.servers.host import Host
 from torchserve_explain.servers.http import router
 from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.service import RawRequest

@@ -17,7 +17,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from torchserve_explain.errors import ServerError
-from torchserve_explain.servers.background import Host, named_archives
+from torchserve_explain.servers.host import Host, named_archives
 from torchserve_explain.servers.http import router
 from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.service import RawRequest

@@ -63,7 +63,7 @@ class Service:
         if labels and len(labels) != classifier.classes:
             raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
         self.limits = settings.explanations.limits
-        self._classifier = classifier
+        self.classifier = classifier
         self._labels = Labels(list(labels) or [str(index) for index in range(classifier.classes)])
         self._preprocessing = settings.preprocessing
         self._planner = Planner(classifier, self._labels, settings.explanations)
@@ -80,9 +80,9 @@ class Service:
 
     def warm_up(self, engine: Engine) -> Result[Any]:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
-        blank = self._classifier.example[0]
+        blank = self.classifier.example[0]
         engine.logits([blank])
-        return engine.results([Job(IntegratedGradients(max_error=1e-9), Case(self._classifier, blank, 0, budget=17))])[0]
+        return engine.results([Job(IntegratedGradients(max_error=1e-9), Case(self.classifier, blank, 0, budget=17))])[0]
 
     def deadline(self, raw: RawRequest) -> float:
         """Return when a request's time is over; it may ask for less."""
@@ -170,11 +170,12 @@ class Service:
     def _explain(self, item: Item, arrived: float) -> Computation[Report]:
         """Return the explanations of one image, each measured as it is asked for."""
         deadline = arrived + (item.parameters.timeout or self.limits.seconds)
-        (report,) = yield from results([Piece(self._explained(item, deadline))], deadline)
+        least = sum(item.fixed_rows(self.classifier, adaptive) for adaptive in (False, True))
+        (report,) = yield from results([Piece(self._explained(item, deadline), least)], deadline)
         return report.value
 
     def _explained(self, item: Item, deadline: float) -> Computation[Report]:
-        target, wanted = item.targets[0], own_row(item, self._classifier)
+        target, wanted = item.targets[0], own_row(item, self.classifier)
         seen = yield from self._look(item.image, target, item.parameters.score, **wanted)
         predicted = int(seen.logits.argmax())
         targets = [predicted if target is None else target for target in item.targets]
@@ -204,7 +205,7 @@ class Service:
         What methods want of the same row, the target's gradient or a layer, is taken from the same pass.
         """
         picture = yield from self._timed("decode", read_picture, image, self._preprocessing, self.limits.pixels)
-        placed = picture.input.to(self._classifier.device, self._classifier.dtype)
+        placed = picture.input.to(self.classifier.device, self.classifier.dtype)
         found: list[Evaluation] = []
 
         def look() -> Computation[None]:
@@ -222,7 +223,7 @@ class Service:
         parameters = item.parameters
         scores = seen.logits if parameters.score is Score.LOGIT else seen.probabilities
         return Case(
-            self._classifier, seen.known.input, target, parameters.score, float(scores[target]), parameters.seed,
+            self.classifier, seen.known.input, target, parameters.score, float(scores[target]), parameters.seed,
             budget=item.budget, known=seen.known,
         )  # fmt: skip
 

@@ -67,7 +67,7 @@ class Limits(Section):
     pixels: PositiveInt = 50_000_000  # of a decoded image
     answer_bytes: PositiveInt = 6_000_000  # TorchServe's max_response_size kills the worker beyond 6,553,500
     pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
-    quantum: PositiveInt = 100  # milliseconds that a pass may take while other requests wait
+    quantum: PositiveInt = 25  # milliseconds after which TorchServe may hand over what has arrived meanwhile
     seconds: PositiveFloat = 60.0  # a request, from its arrival in the worker; below responseTimeout, which kills the worker
 
 

@@ -1,6 +1,5 @@
 """Gradients of a changed model: the same output, another way back."""
 
-import copy
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -11,14 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.interruption import sharing_copy
 from torchserve_explain.attribution.methods.gradient import squared_norm
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
-
-
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the module tree that shares every parameter and buffer with the original."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 @dataclass(frozen=True)

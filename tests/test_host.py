@@ -12,14 +12,14 @@ from test_in_flight import explain, predict, service  # noqa: F401
 from torchserve_explain.attribution.computation import Piece, background
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.errors import RequestError
-from torchserve_explain.servers.background import Host
+from torchserve_explain.servers.host import Host
 from torchserve_explain.serving.service import RawRequest
 
 
 @pytest.fixture
 def host(service):  # noqa: F811
     service._places = None  # as Host.load has it
-    running = Host(service, Engine(service._classifier, 4, 0.02), 0.02)
+    running = Host(service)
     yield running
     running.close()
     assert not running._thread.is_alive()
@@ -77,12 +77,12 @@ def test_a_short_request_overtakes_a_long_one(host):
 def test_a_cancelled_request_is_dropped_from_the_engine(host):
     async def ask():
         task = asyncio.ensure_future(host.answer(replace(explain(), id="gone")))
-        await until(lambda: host._engine.in_flight)
+        await until(lambda: host.engine.in_flight)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: not host._waiting)
-        return host._engine.in_flight, (await host.answer(predict())).status
+        return host.engine.in_flight, (await host.answer(predict())).status
 
     assert asyncio.run(asyncio.wait_for(ask(), 60)) == (0, 200)
 
@@ -90,7 +90,7 @@ def test_a_cancelled_request_is_dropped_from_the_engine(host):
 def test_an_exception_on_the_thread_is_a_500_and_the_host_lives_on(host, monkeypatch):
     async def ask():
         with monkeypatch.context() as broken:
-            broken.setattr(host._engine, "step", lambda _within: 1 / 0)
+            broken.setattr(host.engine, "step", lambda: 1 / 0)
             failed = await asyncio.gather(host.answer(predict()), host.answer(explain()))
         return [answer.status for answer in failed], (await host.answer(predict())).status
 
@@ -107,17 +107,17 @@ def test_a_request_that_cannot_even_be_taken_is_a_500(host, monkeypatch):
 
 
 def test_what_is_in_flight_when_the_host_closes_gets_503(service):  # noqa: F811
-    host = Host(service, Engine(service._classifier, 4, 0.02), 0.02)
+    host = Host(service)
 
     async def ask():
         task = asyncio.ensure_future(host.answer(explain()))
-        await until(lambda: host._engine.in_flight)
+        await until(lambda: host.engine.in_flight)
         await asyncio.to_thread(host.close)
         with pytest.raises(RequestError, match="stopping"):
             await host.answer(predict())
         return (await task).status
 
-    assert asyncio.run(ask()) == 503 and host._engine.in_flight == 0
+    assert asyncio.run(ask()) == 503 and host.engine.in_flight == 0
     host.close()  # again, which does nothing
 
 

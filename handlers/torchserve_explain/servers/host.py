@@ -1,4 +1,4 @@
-"""A host for asynchronous servers: one thread owns the engine and steps it, requests are awaited from any event loop."""
+"""The host: one thread owns the engine and steps it; servers hand requests over from any thread or event loop."""
 
 import asyncio
 import logging
@@ -26,14 +26,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Host:
-    """Answers requests for one service on a thread of its own; only that thread calls the engine.
+    """Answers requests for one service on a thread of its own; only that thread calls the engine."""
 
-    A step lasts about `quantum` seconds at most, so that what arrives meanwhile joins soon.
-    """
-
-    def __init__(self, service: Service, engine: Engine, quantum: float, version: str = "1.0") -> None:
+    def __init__(self, service: Service, version: str = "1.0") -> None:
         self.version = version
-        self._service, self._engine, self._quantum = service, engine, quantum
+        self.engine = Engine(service.classifier, service.limits.pack, self._do_commands)
+        self._service = service
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._waiting: dict[Future[Answer], Task[Answer]] = {}
         self._open, self._lock = True, Lock()
@@ -48,19 +46,36 @@ class Host:
         archive = Archive.load(path, device)
         # The places of a continuous batch are TorchServe's; here any number of requests may be in flight.
         settings = archive.settings.model_copy(update={"continuousBatching": False})
-        service = Service(archive.classifier, archive.labels, settings, {"name": name, "version": archive.version})
-        quantum = service.limits.quantum / 1000
-        engine = Engine(archive.classifier, service.limits.pack, quantum)
-        service.warm_up(engine)
+        host = cls(Service(archive.classifier, archive.labels, settings, {"name": name, "version": archive.version}))
+        host.version = archive.version
+        host.warm_up()
         log.info("%s %s on %s: %d classes", name, archive.version, device, archive.classifier.classes)
-        return cls(service, engine, quantum, archive.version)
+        return host
 
-    async def answer(self, raw: RawRequest) -> Answer:
-        """Return the answer to one request; where the awaiting task is cancelled, the engine drops it."""
+    def warm_up(self) -> None:
+        """Explain a blank image, so that the first client does not pay for what the thread's first passes prepare."""
+        warm: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._service.warm_up(self.engine)
+                warm.set_result(None)
+            except Exception as error:
+                warm.set_exception(error)
+
+        self._command(run)
+        warm.result()
+
+    def submit(self, raw: RawRequest) -> "Future[Answer]":
+        """Take a request in; where what is returned is cancelled, the engine drops it. Raises RequestError once closed."""
         waiting: Future[Answer] = Future()
         waiting.add_done_callback(self._forget)
         self._command(lambda: self._take(raw, waiting))
-        return await asyncio.wrap_future(waiting)
+        return waiting
+
+    async def answer(self, raw: RawRequest) -> Answer:
+        """Return the answer to one request; where the awaiting task is cancelled, the engine drops it."""
+        return await asyncio.wrap_future(self.submit(raw))
 
     def close(self) -> None:
         """Answer what is in flight with 503, and end the threads."""
@@ -69,12 +84,12 @@ class Host:
         self._thread.join()
 
     def _command(self, command: Callable[[], None]) -> None:
-        """Have the thread do something between two steps."""
+        """Have the thread do something between two steps, or between the layers of a pass."""
         with self._lock:
             if not self._open:
                 raise _closing()
             self._commands.put(command)
-        self._engine.wake()
+        self.engine.wake()
 
     def _forget(self, waiting: "Future[Answer]") -> None:
         """Drop a request whose answer nobody awaits any more."""
@@ -87,47 +102,45 @@ class Host:
     def _run(self) -> None:
         while self._open:
             try:
-                self._do_commands()
                 if self._waiting:
-                    self._engine.step(self._quantum)
-                    self._tell_finished()
+                    self.engine.step()
+                else:
+                    self._commands.get()()
             except Exception as error:
                 self._fail_all(error)
-        self._engine.close()
+        self.engine.close()
 
     def _do_commands(self) -> None:
-        """Do what has been asked for meanwhile; wait for the first where nothing is in flight."""
-        while not self._commands.empty() or not self._waiting:
+        """Do what has been asked for meanwhile."""
+        while not self._commands.empty():
             self._commands.get()()
-            if not self._open:
-                return
 
     def _take(self, raw: RawRequest, waiting: "Future[Answer]") -> None:
         if waiting.cancelled():
             return
         try:
-            self._waiting[waiting] = self._engine.add(Piece(self._service.answer(raw)), self._service.deadline(raw))
+            work = Piece(self._service.answer(raw))
+            self._waiting[waiting] = self.engine.add(work, self._service.deadline(raw), lambda: self._tell(waiting))
         except Exception as error:  # before anybody knows the request, so nobody else would answer it
-            _tell(waiting, error_answer(error))
+            _hand_over(waiting, error_answer(error))
+
+    def _tell(self, waiting: "Future[Answer]") -> None:
+        outcome = self._waiting.pop(waiting).outcome
+        if outcome is not None:
+            _hand_over(waiting, error_answer(outcome) if isinstance(outcome, ExplainError) else outcome.value)
 
     def _drop(self, waiting: "Future[Answer]") -> None:
         task = self._waiting.pop(waiting, None)
         if task is not None:
             log.info("nobody waits for a request any more; it is dropped")
-            self._engine.drop(task)
-
-    def _tell_finished(self) -> None:
-        for waiting in [waiting for waiting, task in self._waiting.items() if task.outcome is not None]:
-            outcome = self._waiting.pop(waiting).outcome
-            if outcome is not None:
-                _tell(waiting, error_answer(outcome) if isinstance(outcome, ExplainError) else outcome.value)
+            self.engine.drop(task)
 
     def _fail_all(self, error: Exception) -> None:
         """Answer all that is in flight with an error, and begin anew."""
         while self._waiting:
             waiting, task = self._waiting.popitem()
-            self._engine.drop(task)
-            _tell(waiting, error_answer(error))
+            self.engine.drop(task)
+            _hand_over(waiting, error_answer(error))
 
     def _stop(self) -> None:
         with self._lock:  # no command comes after this
@@ -152,7 +165,7 @@ def named_archives(told: Sequence[str]) -> dict[str, Path]:
     return archives
 
 
-def _tell(waiting: "Future[Answer]", answer: Answer) -> None:
+def _hand_over(waiting: "Future[Answer]", answer: Answer) -> None:
     """Hand an answer over, unless its request has been cancelled."""
     if waiting.set_running_or_notify_cancel():
         waiting.set_result(answer)
