@@ -2,15 +2,20 @@
 PYTHON ?= python3
 NAME ?= imagenet
 RUN := .venv/bin/python
+SERVERS := .venv-servers/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
+SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: serve test demo study bench bench-growth bench-serve soak support site lint setup clean
+.PHONY: serve test test-servers demo study bench bench-growth bench-serve soak support site lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
 
 test: setup  ## run all tests, a live server among them
 	@$(RUN) -m pytest
+
+test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve, and Ray Data (make test has TorchServe)
+	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py tests/test_bulk.py -k 'not torchserve'
 
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
 	@$(RUN) -m torchserve_explain demo
@@ -57,5 +62,13 @@ setup: .venv/ready  ## requirements, this project, and a Java runtime where the 
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+# KServe's package pins protobuf, psutil and grpcio-tools below ours: an environment of its own, with .venv beneath it.
+.venv-servers/ready: .venv/ready requirements-servers.txt
+	@echo "installing KServe and Ray into .venv-servers (a minute the first time)"
+	@$(PYTHON) -m venv .venv-servers
+	@$(RUN) -c "$(SITE_PACKAGES)" > "$$($(SERVERS) -c "$(SITE_PACKAGES)")/beneath.pth"
+	@.venv-servers/bin/pip install -q --disable-pip-version-check -r requirements-servers.txt
+	@touch $@
+
 clean:  ## remove what was built
-	rm -rf .venv run demo model_store/*.mar
+	rm -rf .venv .venv-servers run demo model_store/*.mar

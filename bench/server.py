@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import torch
@@ -93,6 +94,23 @@ def load(server: Server, ask: Callable[[httpx.Client], httpx.Response], clients:
     return Load(each, wall, processor_seconds(server) - processor, statistics.mean(sizes))
 
 
+def load_for(ask: Callable[[httpx.Client], httpx.Response], clients: int, seconds: float) -> float:
+    """Return the answers a second that clients get, each asking anew once it has one; the last ones are waited for."""
+    began = time.perf_counter()
+
+    def client() -> int:
+        count = 0
+        with httpx.Client(timeout=600) as own:
+            while time.perf_counter() < began + seconds:
+                ask(own).raise_for_status()
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(clients) as pool:
+        counts = [future.result() for future in [pool.submit(client) for _ in range(clients)]]
+    return sum(counts) / (time.perf_counter() - began)
+
+
 def processor_seconds(server: Server) -> float:
     """Return what the server's processes have used of the processors so far."""
     ticks = 0
@@ -106,7 +124,20 @@ def processor_seconds(server: Server) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def asking(server: Server, kind: str, name: str, fields: dict[str, str]) -> Callable[[httpx.Client], httpx.Response]:
+class Asked(Protocol):
+    """A server as its clients know it."""
+
+    @property
+    def inference(self) -> str:
+        """The URL of its API."""
+        ...
+
+    def authorization(self) -> dict[str, str]:
+        """Return the headers that it asks for."""
+        ...
+
+
+def asking(server: Asked, kind: str, name: str, fields: dict[str, str]) -> Callable[[httpx.Client], httpx.Response]:
     """Return a request of the packaged photo."""
     photo, url = photo_path().read_bytes(), f"{server.inference}/{kind}/{name}"
     return lambda client: client.post(url, files={"data": photo}, data=fields, headers=server.authorization())
@@ -170,9 +201,9 @@ def predictions_beside(server: Server, predicting: str, explaining: str) -> dict
     return {f"{name}_p{share}": quantile(found, share / 100) for name, found in seconds.items() for share in (50, 99)}
 
 
-def paced(ask: Callable[[], object]) -> Iterator[float]:
+def paced(ask: Callable[[], object], seconds: float = BESIDE_SECONDS) -> Iterator[float]:
     """Yield the seconds of answers asked for one after another, with a pause between."""
-    until = time.monotonic() + BESIDE_SECONDS
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         began = time.perf_counter()
         ask()
@@ -181,7 +212,7 @@ def paced(ask: Callable[[], object]) -> Iterator[float]:
 
 
 @contextmanager
-def explaining_clients(server: Server, name: str, fields: dict[str, str], clients: int) -> Iterator[None]:
+def explaining_clients(server: Asked, name: str, fields: dict[str, str], clients: int) -> Iterator[None]:
     """Keep clients busy with explanations while the context lasts."""
     ask, over = asking(server, "explanations", name, fields), threading.Event()
 

@@ -13,7 +13,7 @@ FILES = ("config.properties", "deploy/log4j2.xml", "deploy/metrics.yaml", "deplo
 
 
 def test_every_command_says_what_it_takes(capsys):
-    for command in ("archive", "serve", "kserve", "drain", "demo", "ask", "explain", "compare", "replay"):
+    for command in ("archive", "serve", "kserve", "drain", "demo", "ask", "explain", "gallery", "compare", "replay"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0 and f"torchserve-explain {command}" in capsys.readouterr().out
@@ -22,6 +22,19 @@ def test_every_command_says_what_it_takes(capsys):
 def test_what_a_command_refuses_is_told_with_its_status(capsys, tmp_path):
     assert cli.main(["archive", "nowhere", "--store", str(tmp_path)]) == 1
     assert "archive: nowhere is not archived: there is no classifiers/nowhere" in capsys.readouterr().err
+
+
+def test_ray_is_asked_for_only_where_it_is_there(capsys, tmp_path, monkeypatch):
+    given = ["explain", "small", "--data", "s3://lake/in", "--out", str(tmp_path)]
+    assert cli.main(given) == 1 and "s3:// is of --engine ray" in capsys.readouterr().err
+    assert cli.main([*given[:2], "--data", "here", "--overlays"]) == 1
+    assert "--overlays is of --engine ray" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("lake", "run", "pages"):
+        monkeypatch.delitem(sys.modules, f"torchserve_explain.bulk.{name}", raising=False)
+    assert cli.main([*given, "--engine", "ray"]) == 1 and "install torchserve-explain[ray]" in capsys.readouterr().err
+    assert cli.main(["gallery", "lake", "--out", str(tmp_path)]) == 1
+    assert "install torchserve-explain[ray]" in capsys.readouterr().err
 
 
 def test_a_checkout_holds_what_the_commands_need():

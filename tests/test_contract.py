@@ -1,10 +1,13 @@
 """One contract, three servers: the cases of the live test, and those of several models and of errors before a model."""
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from ipaddress import ip_address
 
 import httpx
+import psutil
 import pytest
 from live import CONTINUOUS, build_small, picture
 from servers import SERVERS, installed
@@ -35,17 +38,40 @@ from test_live import (  # noqa: F401
 )
 
 pytestmark = pytest.mark.live
+FIELDS = {"method": "grad_cam,gradient_shap", "values": "true"}
+LONG = {"method": "occlusion,integrated_gradients", "steps": "300"}
 
 
 @pytest.fixture(scope="module", params=[installed(name) for name in SERVERS])
 def client(request, tmp_path_factory):
-    """A client of a server that serves one archive under two names."""
+    """A client of a server that serves one archive under two names, and has been stopped in the midst of a request before."""
     store = tmp_path_factory.mktemp("store")
     build_small(tmp_path_factory.mktemp("small"), store, CONTINUOUS)
     archives = dict.fromkeys(("small", "other"), store / "small.mar")
     start = SERVERS[request.param][0]
+    with ThreadPoolExecutor(1) as thread:
+        with start(archives, tmp_path_factory.mktemp("first")) as url:
+            before = httpx.post(f"{url}/explanations/small", files={"data": IMAGE}, data=FIELDS, timeout=120)
+            thread.submit(httpx.post, f"{url}/explanations/small", files={"data": IMAGE}, data=LONG, timeout=120)
+            time.sleep(1)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
     with start(archives, tmp_path_factory.mktemp("run")) as url, httpx.Client(base_url=url, timeout=120) as one:
+        one.before = before
         yield one
+
+
+def test_a_server_that_is_started_again_answers_as_before(client):
+    again = client.post("/explanations/small", files={"data": IMAGE}, data=FIELDS)
+    assert client.before.status_code == again.status_code == 200
+    assert alike(comparable(client.before), comparable(again))
+
+
+def test_nothing_listens_beyond_this_machine(client):
+    """Ray asks for no token on ports of its own, and listens on every address unless told otherwise."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    listening = {one.laddr.ip for one in psutil.net_connections("tcp") if one.pid in ours and one.status == psutil.CONN_LISTEN}
+    assert listening and all(ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in listening)
 
 
 def test_several_models_answer_under_their_own_names(client):

@@ -125,7 +125,8 @@ VALUES = [
     [], ["last"], ["reduce", "stem"], [1, "2"], ["all"],
     *(name for name in METHODS), ["grad_cam", "saliency"], ["nonsense"],
     "json", "openapi", "gif", "black", "green", "smoothgrad", "logit", "probability", "sensitivity", "relevance",
-    "epsilon_plus", "idgi", "libra", "detached", "runner_up", ["infidelity", "deletion"], ["beauty"], "inferno", "jet", {"a": 1},
+    "epsilon_plus", "idgi", "libra", "detached", "runner_up", ["infidelity", "deletion"], ["beauty"],
+    "inferno", "jet", {"a": 1},
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "demo",
     "ask": "ask",
     "explain": "gallery.explain",
+    "gallery": "gallery.sampled",
     "compare": "gallery.compare",
     "replay": "replay",
 }

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,21 +12,21 @@ from torch import Tensor
 from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.attribution.rows import Contrast
+from torchserve_explain.bulk.loopback import stay_on_loopback
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
-from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.pages import FAILED, QUALITY, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.planned import Due, Planned, explained, facts, plan
 from torchserve_explain.gallery.question import LABEL, NOTHING, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
-from torchserve_explain.serving.answers import Class, Explanation
-from torchserve_explain.serving.images import Picture, read_picture
+from torchserve_explain.serving.answers import Explanation
+from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import compact
 
 RECORDS = "records.jsonl"
-QUALITY = 85  # of pictures in WebP
 
 
 class Records:
@@ -51,26 +50,6 @@ class Records:
         """Keep a record."""
         self._known[record["path"], record["map"]] = record
         add_record(self._path, record)
-
-
-@dataclass(frozen=True)
-class Due:
-    """A picture, and the names of the maps that are not there yet."""
-
-    sample: GallerySample
-    digest: str
-    picture: Picture
-    names: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A map to be made of a picture with logits [classes]: its name, and the job."""
-
-    due: Due
-    logits: Tensor
-    name: str
-    job: Job
 
 
 class Run:
@@ -136,28 +115,23 @@ class Run:
         for one, outcome in zip(planned, self._engine.run([one.job for one in planned]), strict=True):
             self._keep(one, outcome)
 
-    def _plan(self, due: Due, logits: Tensor) -> Iterator[Planned]:
-        """Plan a picture's maps."""
-        if not logits.isfinite().all():
-            self.skipped[due.sample.path] = "the model's logits are not finite numbers for this image"
-            return
-        target, versus = self._question.classes(due.sample.label, logits)
-        for name in due.names:
-            yield Planned(due, logits, name, self._question.job(name, due.picture.input, target, versus, logits))
+    def _plan(self, due: Due, logits: Tensor) -> list[Planned]:
+        try:
+            return list(plan(self._question, due, logits))
+        except NotFinite as reason:
+            self.skipped[due.sample.path] = str(reason)
+            return []
 
     def _keep(self, one: Planned, outcome: Outcome[Attribution]) -> None:
         """Write what came of a map, the record last; raises what is not the picture's own fault."""
-        record = self._facts(one)
         if isinstance(outcome, NotFinite):
-            self._records.add(record | {FAILED: str(outcome)})
+            self._records.add(facts(self._question, one) | {FAILED: str(outcome)})
         elif isinstance(outcome, ExplainError):
             raise outcome
         else:
-            target = Class(one.job.case.target, record["target"], record["target_probability"])
-            explanation = Explanation(one.job, outcome, target, self._question.parameters, one.due.picture)
+            record, explanation = explained(self._question, one, outcome)
             self._write(record, explanation)
-            cost = {"evaluations": outcome.evaluations, "completeness_error": outcome.value.completeness_error}
-            self._records.add(record | {"parameters": explanation.used(), "signed": one.job.signed} | cost)
+            self._records.add(record)
 
     def _write(self, record: Record, explanation: Explanation) -> None:
         """Write a map, its overlay, and what the model saw."""
@@ -167,56 +141,51 @@ class Run:
         explanation.drawn.overlay.save(overlay_path(self._out, record), quality=QUALITY)
         explanation.drawn.seen.convert("RGB").save(seen_path(self._out, record), quality=QUALITY)
 
-    def _facts(self, one: Planned) -> Record:
-        """Return what a record tells whatever came of the map."""
-        probabilities = self._archive.classifier.head.probabilities(one.logits)
-        predicted, sample = int(one.logits.argmax()), one.due.sample
-        own, labels, case = self._archive.classes(sample.label), self._archive.labels, one.job.case
-        return {
-            "path": sample.path,
-            "digest": one.due.digest,
-            "crop": list(one.due.picture.crop),
-            "map": one.name,
-            "settings": self._question.settings[one.name],
-            "method": one.job.method.name,
-            "label": sample.label,
-            "predicted": labels[predicted],
-            "probability": float(probabilities[predicted]),
-            "label_probability": float(probabilities[own].max()) if own else None,
-            "correct": predicted in own if own else None,
-            "target": labels[case.target],
-            "target_probability": float(probabilities[case.target]),
-            "versus": labels[case.versus] if isinstance(case.versus, int) else case.versus,
-            FAILED: None,
-        }
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add what is explained, and how, to a command line."""
     command.add_argument("name", help="the classifier: a folder of classifiers/, or an archive of the store")
-    command.add_argument("--data", type=Path, required=True, help="pictures in a subfolder for each label, or without any")
+    command.add_argument("--data", required=True, help="pictures in a subfolder for each label, or without any")
     command.add_argument("--methods", help="names, or all (default: what the archive explains by)")
     command.add_argument("--target", choices=(PREDICTED, LABEL), default=PREDICTED, help="the class that is explained")
     contrasts = (LABEL, *Contrast, NOTHING)
     command.add_argument("--versus", choices=contrasts, default=LABEL, help="what the class is compared with; the label: "
                          "only where the prediction is wrong (default: %(default)s)")  # fmt: skip
     command.add_argument("--set", type=pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
-    command.add_argument("--out", type=Path, help="where everything goes (default: run/explained/NAME)")
+    command.add_argument("--out", help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
+    command.add_argument("--engine", choices=("local", "ray"), default="local", help="what runs it; ray writes Parquet instead")
+    ray = command.add_argument_group("--engine ray", "--data and --out may be s3://BUCKET/PREFIX, --data also Parquet")
+    ray.add_argument("--actors", type=whole(1), help="processes that explain (default: one for each GPU, or else each core)")
+    ray.add_argument("--overlays", action="store_true", help="keep the maps' pictures, too, which a gallery needs")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Explain the folder that the command line names, write the gallery, and say what is in it."""
-    out = options.out or ROOT / "run" / "explained" / options.name
+    """Explain what the command line names where it says."""
+    if options.engine == "local":
+        return explain_here(options)
+    stay_on_loopback()
     try:
-        check_out(out, options.data, RECORDS)
+        from torchserve_explain.bulk.run import main as explain_on_ray
+    except ImportError as error:
+        print(f"explain: Ray Data is missing ({error.name}); install torchserve-explain[ray]", file=sys.stderr)
+        return 1
+    return explain_on_ray(options)
+
+
+def explain_here(options: argparse.Namespace) -> int:
+    """Explain the folder that the command line names, write the gallery, and say what is in it."""
+    data, out = Path(options.data), Path(options.out or ROOT / "run" / "explained" / options.name)
+    try:
+        _check_engine(options)
+        check_out(out, data, RECORDS)
         archive = load_archive(options.name, options.store)
-        samples = find_samples(options.data, archive.labels)
+        samples = find_samples(data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
-            raise ArchiveError(f"--target label: the pictures of {options.data} have no labels; allowed: predicted")
+            raise ArchiveError(f"--target label: the pictures of {data} have no labels; allowed: predicted")
         question = ask(archive, options.methods, options.target, dict(options.set), options.versus)
-        run = Run(question, options.data, out)
+        run = Run(question, data, out)
         run.explain(samples, options.batch)
     except (ArchiveError, RequestError, AttributionError, ValueError, OSError) as reason:
         print(f"explain: {reason}", file=sys.stderr)
@@ -226,10 +195,17 @@ def main(options: argparse.Namespace) -> int:
         return 130
     for path, why in run.skipped.items():
         print(f"skipped {path}: {why}")
-    told = (options.data.resolve().name, options.target, options.versus)
+    told = (data.resolve().name, options.target, options.versus)
     overview = Overview(options.name, archive.labels, *told, run.skipped)
     print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview)}")
     return 0
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    """Raise ArchiveError where something is asked for that only the other engine has."""
+    asked = [name for name in ("actors", "overlays") if getattr(options, name)]
+    if asked or "://" in options.data + (options.out or ""):
+        raise ArchiveError(f"{f'--{asked[0]}' if asked else 's3://'} is of --engine ray; allowed: with it")
 
 
 def check_out(out: Path, data: Path, written: str | Path) -> None:

@@ -17,6 +17,7 @@ from torchserve_explain.serving.pictures import Map, Scale, draw_heatmap, png
 
 PICTURES, MEANS, CLASSES = "pictures", "means", "classes"  # folders; the last two are written anew each time
 FAILED = "failed"  # key of a record: why there is no map
+QUALITY = 85  # of pictures in WebP
 CLIP = 99  # percentile of |value| that gets full colour in a mean map
 
 

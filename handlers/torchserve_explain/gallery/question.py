@@ -43,11 +43,8 @@ def find_samples(folder: Path, labels: Sequence[str]) -> list[GallerySample]:
     loose = _pictures(folder, folder.iterdir())
     if subfolders and loose:
         raise ArchiveError(f"{folder} holds pictures beside subfolders, such as {loose[0].name}; allowed: one or the other")
-    for name in (path.name for path in subfolders):
-        if name not in labels:
-            near = ", ".join(get_close_matches(name, labels, NAMED, 0))
-            more = f" and {len(set(labels)) - NAMED} more" if len(set(labels)) > NAMED else ""
-            raise ArchiveError(f"subfolder {shown(name)} is no label of the classifier; allowed: {near}{more}")
+    for subfolder in subfolders:
+        check_label("subfolder", subfolder.name, labels)
     labelled = [(path, subfolder.name) for subfolder in subfolders for path in _pictures(folder, subfolder.rglob("*"))]
     samples = [
         GallerySample(path.relative_to(folder).as_posix(), label) for path, label in (*labelled, *((p, None) for p in loose))
@@ -55,6 +52,14 @@ def find_samples(folder: Path, labels: Sequence[str]) -> list[GallerySample]:
     if not samples:
         raise ArchiveError(f"{folder} holds no picture; allowed: names that end in {', '.join(sorted(SUFFIXES))}")
     return samples
+
+
+def check_label(what: str, name: str, labels: Sequence[str]) -> None:
+    """Raise ArchiveError where a name, such as a subfolder's, is no label; names the nearest ones."""
+    if name not in labels:
+        near = ", ".join(get_close_matches(name, labels, NAMED, 0))
+        more = f" and {len(set(labels)) - NAMED} more" if len(set(labels)) > NAMED else ""
+        raise ArchiveError(f"{what} {shown(name)} is no label of the classifier; allowed: {near}{more}")
 
 
 def _pictures(folder: Path, paths: Iterator[Path]) -> list[Path]:

@@ -93,7 +93,7 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
 
 def free_ports() -> dict[str, str]:
     """Return TS_* variables with ports that nobody uses, to run servers side by side."""
-    with _sockets(len(ADDRESSES)) as ports:
+    with free_sockets(len(ADDRESSES)) as ports:
         free = [
             f"http://127.0.0.1:{port}" if "://" in address else str(port)
             for port, address in zip(ports, ADDRESSES.values(), strict=True)
@@ -102,7 +102,8 @@ def free_ports() -> dict[str, str]:
 
 
 @contextmanager
-def _sockets(count: int) -> Iterator[list[int]]:
+def free_sockets(count: int) -> Iterator[list[int]]:
+    """Give ports of loopback that nobody uses."""
     bound = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     try:
         yield [one.getsockname()[1] for one in bound]

@@ -41,8 +41,12 @@ def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) ->
     seen, (left, top, right, bottom) = _seen(trimmed, preprocessing)
     # Outwards to whole pixels, and where a small image was padded no further than the image.
     crop = (max(0, floor(left + x)), max(0, floor(top + y)), min(width, ceil(right + x)), min(height, ceil(bottom + y)))
-    tensor = preprocessing.normalization(transforms.functional.to_tensor(seen))
-    return Picture(tensor, seen, width, height, crop)
+    return Picture(as_input(seen, preprocessing), seen, width, height, crop)
+
+
+def as_input(seen: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """Return what the model sees, [C, H, W], normalised."""
+    return preprocessing.normalization(transforms.functional.to_tensor(seen))
 
 
 def _decoded(data: bytes, pixel_limit: int) -> Image.Image:

@@ -25,12 +25,13 @@ def openapi_document(report: Mapping[str, Any]) -> JsonObject:
     """Return the document of what `capability_report` tells, ready for JSON."""
     name, version = report["model"]["name"], report["model"]["version"]
     explain = _operation("explain", "Say why.", _parameters(report), _explanation_answers())
+    predict = _operation("predict", "Tell what it is.", _shortlist(report), _prediction_answers())
     by_path = explain | {"operationId": "explain_by_path", "summary": "Say why, by the methods of the path."}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"{name}: what is it, and why?", "version": version, "description": report["served_by"]},
         "paths": {
-            f"/predictions/{name}": {"post": _operation("predict", "Tell what it is.", _shortlist(report), _prediction_answers())},
+            f"/predictions/{name}": {"post": predict},
             f"/explanations/{name}": {"get": _about(), "post": explain},
             f"/explanations/{name}/{version}/{{methods}}": {"parameters": [_path(report)], "post": by_path},
         },
