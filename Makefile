@@ -37,6 +37,7 @@ bench-growth: setup  ## how time and memory grow with images, pixels, classes an
 
 bench-serve: setup  ## the handler beside TorchServe's own, over HTTP; writes run/bench/
 	@$(RUN) -m bench.server
+	@$(RUN) -m bench.beside
 
 soak: setup  ## the server under a mixed, partly hostile load for MINUTES (default: 30); writes run/soak/
 	@$(RUN) -m bench.soak --minutes $(or $(MINUTES),30)

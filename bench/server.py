@@ -1,4 +1,4 @@
-"""The server under load: explanations over HTTP by our handler and by TorchServe's own, and predictions beside them."""
+"""The server under load: explanations over HTTP by our handler and by TorchServe's own."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -50,7 +49,7 @@ CONFIG = """
 FIELDS = {"method": "integrated_gradients", "steps": str(STEPS)}
 CLIENTS = {1: 6, 8: 16, 32: 32}  # clients, and how many explanations they ask for together
 ROUNDS = 3
-BESIDE_SECONDS, BESIDE_PAUSE, BESIDE_CLIENTS = 15.0, 0.05, 4
+PAUSE = 0.05  # seconds between two requests of a client that does not press
 
 
 @dataclass(frozen=True)
@@ -143,16 +142,16 @@ def asking(server: Asked, kind: str, name: str, fields: dict[str, str]) -> Calla
     return lambda client: client.post(url, files={"data": photo}, data=fields, headers=server.authorization())
 
 
-def build(name: str, store: Path, folder: Path) -> None:
-    """Archive the same network for both handlers, as NAME and NAME-stock."""
-    model, weights, config = (folder / file for file in ("model.py", "weights.pth", "model-config.yaml"))
+def build(name: str, store: Path, folder: Path, config: str = CONFIG) -> None:
+    """Archive the same network for both handlers, as NAME and NAME-stock, ours with a configuration."""
+    model, weights, configured = (folder / file for file in ("model.py", "weights.pth", "model-config.yaml"))
     built, _ = network(name)
     model.write_text(MODELS[name])
-    config.write_text(CONFIG)
+    configured.write_text(config)
     torch.save(built.state_dict(), weights)
     own = ROOT / "classifiers" / "imagenet" / "model.py"
     kind = ["--model", str(own)] if name == LITE0 else ["--arch", name]
-    options = [*kind, "--weights", str(weights), "--config", str(config), "--store", str(store)]
+    options = [*kind, "--weights", str(weights), "--config", str(configured), "--store", str(store)]
     build_archive(name, parser().parse_args([name, *options]))
     beside = [shutil.copyfile(own, folder / "network.py")] if name == LITE0 else []
     build_stock(f"{name}-stock", model, weights, [str(index) for index in range(1000)], store, folder / "stock", beside)
@@ -189,26 +188,14 @@ def summary(loads: Sequence[Load]) -> dict[str, float]:
     }
 
 
-def predictions_beside(server: Server, predicting: str, explaining: str) -> dict[str, float]:
-    """Return quantiles of predictions' seconds, alone and beside clients that explain without a pause."""
-    ask, seconds = asking(server, "predictions", predicting, {}), dict[str, list[float]]()
-    fields = FIELDS if "stock" not in explaining else {}
-    for name in ("alone", "beside"):
-        clients = BESIDE_CLIENTS if name == "beside" else 0
-        with explaining_clients(server, explaining, fields, clients), httpx.Client(timeout=600) as client:
-            time.sleep(1)
-            seconds[name] = list(paced(partial(ask, client)))
-    return {f"{name}_p{share}": quantile(found, share / 100) for name, found in seconds.items() for share in (50, 99)}
-
-
-def paced(ask: Callable[[], object], seconds: float = BESIDE_SECONDS) -> Iterator[float]:
+def paced(ask: Callable[[], object], seconds: float) -> Iterator[float]:
     """Yield the seconds of answers asked for one after another, with a pause between."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         began = time.perf_counter()
         ask()
         yield time.perf_counter() - began
-        time.sleep(BESIDE_PAUSE)
+        time.sleep(PAUSE)
 
 
 @contextmanager
@@ -231,20 +218,11 @@ def explaining_clients(server: Asked, name: str, fields: dict[str, str], clients
             future.result()  # a load that failed is no load
 
 
-LAYOUTS = {  # registrations, who predicts, who explains, torch's threads
-    "stock, one registration": ([f"{LITE0}-stock"], f"{LITE0}-stock", f"{LITE0}-stock", None),
-    "ours, one registration": ([LITE0], LITE0, LITE0, None),
-    "ours, explanations under a second name": ([LITE0, f"why={LITE0}"], LITE0, "why", None),
-    "ours, explanations under a second name, one thread each": ([LITE0, f"why={LITE0}"], LITE0, "why", "1"),
-}
-
-
 def main() -> None:
     """Measure, print, and write server.json."""
     out = ROOT / "run" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     explanations: list[dict[str, object]] = []
-    predictions: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         store = Path(temporary, "store")
         store.mkdir()
@@ -254,12 +232,8 @@ def main() -> None:
             build(name, store, folder)
             with serving([name, f"{name}-stock"], store, free_ports(), folder / "run") as server:
                 explanations += rates(server, name)
-        for layout, (names, predicting, explaining, threads) in LAYOUTS.items():
-            own = {"OMP_NUM_THREADS": threads} if threads else {}
-            with serving(names, store, free_ports() | own, Path(temporary, "beside")) as server:
-                predictions[layout] = predictions_beside(server, predicting, explaining)
     told = machine.describe(len(os.sched_getaffinity(0)))
-    results = {"machine": told, "steps": STEPS, "explanations": explanations, "predictions": predictions}
+    results = {"machine": told, "steps": STEPS, "explanations": explanations}
     (out / "server.json").write_text(json.dumps(results, indent=1))
     table = tables.server(results)
     (out / "server.md").write_text(table)

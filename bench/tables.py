@@ -72,7 +72,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 
 def server(results: Mapping[str, Any]) -> str:
-    """Return the tables of explanations a second, and of predictions beside explanations."""
+    """Return the table of explanations a second."""
     text = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
     text += ["| network | clients | explanations/s ours / stock | ratio | p50, s | p99, s | bytes | processor, s |"]
     text += ["|---|---|---|---|---|---|---|---|"]
@@ -84,15 +84,30 @@ def server(results: Mapping[str, Any]) -> str:
         ratio = f"**{ours['rate'] / stock['rate']:.2f}**"
         cells = (ours["network"], ours["clients"], both[0], ratio, both[1], both[2], size, processor)
         text.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(text) + "\n"
+
+
+def beside(results: Mapping[str, Any]) -> str:
+    """Return the tables of short requests beside busy clients, and of what each mode does by itself."""
+    text = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
+    asked = list(dict.fromkeys(line["asked"] for line in results["latencies"]))
+    counts = list(dict.fromkeys(line["clients"] for line in results["latencies"]))
+    told = {(line["mode"], line["asked"], line["clients"]): line for line in results["latencies"]}
+    heads = ["alone" if count == 0 else f"beside {count}" for count in counts]
+    text += [f"| p50 / p99, ms | {' | '.join(heads)} | p99 beside {counts[-1]} / p50 alone |"]
+    text += [f"|---|{'---|' * len(heads)}---|"]
+    for mode, one in ((mode, one) for one in asked for mode in results["modes"] if (mode, one, 0) in told):
+        lines = [told[mode, one, count] for count in counts]
+        cells = [f"{1000 * line['p50']:.0f} / {1000 * line['p99']:.0f}" for line in lines]
+        text.append(f"| {one}, {mode} | {' | '.join(cells)} | **{lines[-1]['p99'] / lines[0]['p50']:.1f}** |")
     text += [
         "",
-        "| layout | predictions alone, p50 / p99 ms | beside explanations, p50 / p99 ms | p99 ratio |",
+        "| | explanations/s of 8 clients | memory, MB | Grad-CAM as JSON, PNG, NPY / a prediction |",
         "|---|---|---|---|",
     ]
-    for layout, found in results["predictions"].items():
-        alone, beside = ([1000 * found[f"{name}_p{share}"] for share in (50, 99)] for name in ("alone", "beside"))
-        spread = [f"{pair[0]:.0f} / {pair[1]:.0f}" for pair in (alone, beside)]
-        text.append(f"| {layout} | {spread[0]} | {spread[1]} | **{beside[1] / alone[1]:.2f}** |")
+    for mode, found in results["modes"].items():
+        outputs = ", ".join(f"{ratio:.2f}" for ratio in found["outputs"].values())
+        text.append(f"| {mode} | {found['rate']:.2f} | {found['memory_mb']:.0f} | {outputs or 'none'} |")
     return "\n".join(text) + "\n"
 
 
