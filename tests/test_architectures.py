@@ -17,7 +17,7 @@ from torchserve_explain.attribution.methods.xrai import Xrai
 from torchserve_explain.attribution.rows import Score
 
 SAMPLES = 6
-RECTIFIED = {METHODS[n] for n in ("grad_cam", "grad_cam_plus_plus", "layer_cam", "score_cam", "guided_grad_cam")}
+RECTIFIED = {METHODS[n] for n in ("grad_cam", "hires_cam", "grad_cam_plus_plus", "layer_cam", "score_cam", "guided_grad_cam")}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
