@@ -22,7 +22,7 @@ TIMES = {"milliseconds"}
 
 
 @dataclass(frozen=True)
-class Case:
+class MixedRequest:
     """One request: its kind, its path with {name} for the model, and httpx's options."""
 
     name: str
@@ -40,55 +40,62 @@ class Reply:
     body: bytes
 
 
-def send(client: httpx.Client, base: str, name: str, case: Case) -> Reply:
+def send(client: httpx.Client, base: str, name: str, case: MixedRequest) -> Reply:
     """Send a case to the model of that name; raises httpx.HTTPError."""
     answer = client.post(base + case.path.format(name=name), **case.options)
     return Reply(answer.status_code, answer.headers.get("content-type", ""), answer.content)
 
 
-def friendly(image: bytes, methods: Mapping[str, dict[str, str]]) -> list[Case]:
+def friendly(image: bytes, methods: Mapping[str, dict[str, str]]) -> list[MixedRequest]:
     """Return predictions in every form, and each method as maps; some in every output and protocol."""
     encoded = base64.b64encode(image).decode()
     blob = {"name": "data", "datatype": "BYTES", "shape": [1], "data": [encoded]}
     v1, v2 = {"instances": [{"data": encoded}, {"data": encoded}]}, {"id": "mine", "inputs": [blob]}
     cam = {"method": "grad_cam"}
     explained = [
-        Case(f"{method}, npy", method, "/explanations/{name}", _form(image, fields | {"method": method, "output": "npy"}))
+        MixedRequest(
+            f"{method}, npy", method, "/explanations/{name}", _form(image, fields | {"method": method, "output": "npy"})
+        )
         for method, fields in methods.items()
     ]
     return [
-        Case("raw prediction", "prediction", "/predictions/{name}", {"content": image}),
-        Case("prediction, form", "prediction", "/predictions/{name}", _form(image, {})),
-        Case("prediction, JSON", "prediction", "/predictions/{name}", {"json": {"data": encoded, "top_k": 3}}),
-        Case("prediction, v1", "prediction", "/v1/models/{name}:predict", {"json": v1}),
-        Case("prediction, v2", "prediction", "/v2/models/{name}/infer", {"json": v2}),
+        MixedRequest("raw prediction", "prediction", "/predictions/{name}", {"content": image}),
+        MixedRequest("prediction, form", "prediction", "/predictions/{name}", _form(image, {})),
+        MixedRequest("prediction, JSON", "prediction", "/predictions/{name}", {"json": {"data": encoded, "top_k": 3}}),
+        MixedRequest("prediction, v1", "prediction", "/v1/models/{name}:predict", {"json": v1}),
+        MixedRequest("prediction, v2", "prediction", "/v2/models/{name}/infer", {"json": v2}),
         *explained,
-        *(Case(f"grad_cam, {o}", "grad_cam", "/explanations/{name}", _form(image, cam | {"output": o})) for o in OUTPUTS),
-        Case("grad_cam, values", "grad_cam", "/explanations/{name}", _form(image, cam | {"values": "true"})),
-        Case("grad_cam, v1", "grad_cam", "/v1/models/{name}:explain", {"json": {"instances": [{"data": encoded} | cam]}}),
-        Case("grad_cam, v2", "grad_cam", "/v2/models/{name}/explain", {"json": v2 | {"parameters": cam}}),
+        *(
+            MixedRequest(f"grad_cam, {o}", "grad_cam", "/explanations/{name}", _form(image, cam | {"output": o}))
+            for o in OUTPUTS
+        ),
+        MixedRequest("grad_cam, values", "grad_cam", "/explanations/{name}", _form(image, cam | {"values": "true"})),
+        MixedRequest(
+            "grad_cam, v1", "grad_cam", "/v1/models/{name}:explain", {"json": {"instances": [{"data": encoded} | cam]}}
+        ),
+        MixedRequest("grad_cam, v2", "grad_cam", "/v2/models/{name}/explain", {"json": v2 | {"parameters": cam}}),
     ]
 
 
 OUTPUTS = ("json", "png", "html")
 
 
-def hostile(image: bytes, pixels: int) -> list[Case]:
+def hostile(image: bytes, pixels: int) -> list[MixedRequest]:
     """Return requests that must be refused, among them a picture of more than so many pixels in a few kilobytes."""
     stream = io.BytesIO()
     Image.new("1", (10_000, pixels // 10_000 + 1)).save(stream, "PNG")
     explain = "/explanations/{name}"
     broken = {"content": b'{"data": ', "headers": {"content-type": "application/json"}}
     return [
-        Case("half an image", "hostile", explain, _form(image[: len(image) // 2], {})),
-        Case("no image", "hostile", "/predictions/{name}", {"content": bytes(range(256)) * 9}),
-        Case("nothing", "hostile", explain, _form(b"", {})),
-        Case("a bomb", "hostile", explain, _form(stream.getvalue(), {"method": "grad_cam"})),
-        Case("an unknown method", "hostile", explain, _form(image, {"method": "tea_leaves"})),
-        Case("an unknown class", "hostile", explain, _form(image, {"target": "1000000"})),
-        Case("over the budget", "hostile", explain, _form(image, {"method": "rise", "samples": "1000000"})),
-        Case("half a JSON", "hostile", explain, broken),
-        Case("JSON without an image", "hostile", "/v1/models/{name}:explain", {"json": {"instances": [{"method": 3}]}}),
+        MixedRequest("half an image", "hostile", explain, _form(image[: len(image) // 2], {})),
+        MixedRequest("no image", "hostile", "/predictions/{name}", {"content": bytes(range(256)) * 9}),
+        MixedRequest("nothing", "hostile", explain, _form(b"", {})),
+        MixedRequest("a bomb", "hostile", explain, _form(stream.getvalue(), {"method": "grad_cam"})),
+        MixedRequest("an unknown method", "hostile", explain, _form(image, {"method": "tea_leaves"})),
+        MixedRequest("an unknown class", "hostile", explain, _form(image, {"target": "1000000"})),
+        MixedRequest("over the budget", "hostile", explain, _form(image, {"method": "rise", "samples": "1000000"})),
+        MixedRequest("half a JSON", "hostile", explain, broken),
+        MixedRequest("JSON without an image", "hostile", "/v1/models/{name}:explain", {"json": {"instances": [{"method": 3}]}}),
     ]
 
 

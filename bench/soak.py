@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from bench import machine
-from bench.mixed import Case, Reply, difference, friendly, hostile, send
+from bench.mixed import MixedRequest, Reply, difference, friendly, hostile, send
 from bench.server import quantile
 from torchserve_explain.archiver import ensure_archive
 from torchserve_explain.attribution.methods import METHODS
@@ -70,7 +70,7 @@ class Tally:
         """Whether nothing is wrong, and nothing lost but what a killed worker held."""
         return not self.wrong and not set(self.lost) - {HELD}
 
-    def answered(self, case: Case, alone: Reply, reply: Reply, began: float) -> None:
+    def answered(self, case: MixedRequest, alone: Reply, reply: Reply, began: float) -> None:
         """Count an answer."""
         ended = time.monotonic()
         with self.lock:
@@ -101,7 +101,13 @@ def worker(server: Server) -> dict[str, str]:
 
 
 def load(
-    server: Server, cases: list[Case], refused: list[Case], alone: dict[str, Reply], tally: Tally, until: float, seed: int
+    server: Server,
+    cases: list[MixedRequest],
+    refused: list[MixedRequest],
+    alone: dict[str, Reply],
+    tally: Tally,
+    until: float,
+    seed: int,
 ) -> None:
     """Be one client: one request after another until the time is over."""
     generator = random.Random(seed)

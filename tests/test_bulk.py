@@ -28,11 +28,11 @@ ray = pytest.importorskip("ray")
 from pyarrow import parquet  # noqa: E402
 
 from torchserve_explain.bulk import run, sources  # noqa: E402
-from torchserve_explain.bulk.lake import SCHEMA, Lake, Place  # noqa: E402
+from torchserve_explain.bulk.lake import SCHEMA, Lake, LakePlace  # noqa: E402
 
 pytestmark = pytest.mark.live
 METHODS = ["grad_cam", "integrated_gradients"]
-EXPLAINER = "ray::MapWorker(MapBatches(Explainer))"
+EXPLAINER = "ray::MapWorker(MapBatches(LakeExplainer))"
 MANY = 48
 STOPPED = """
 import sys
@@ -189,7 +189,7 @@ def test_s3_is_read_and_written(store, labelled, out, tmp_path, capsys):
         assert command(store, *places) == 0 and command(store, *places) == 0
         told = capsys.readouterr().out
         assert "16 maps made: s3://lake/out\n" in told and "0 maps made" in told and "secret" not in told
-        found = {(row["path"], row["map"]): row for row in Lake(Place(places[1])).rows(SCHEMA.names)}
+        found = {(row["path"], row["map"]): row for row in Lake(LakePlace(places[1])).rows(SCHEMA.names)}
     finally:
         server.stop()
     assert found.keys() == rows(out).keys()
@@ -255,7 +255,7 @@ def test_a_page_is_written_nowhere_else_and_not_without_pictures(out, tmp_path, 
         ("up", {"path": "../../up.jpg"}, "without . and .."),
         ("bare", {"overlay": None}, "--overlays"),
     ):
-        lake = Lake(Place(str(tmp_path / name)))
+        lake = Lake(LakePlace(str(tmp_path / name)))
         lake.tell(json.loads((out / "about.json").read_text()))
         lake.add(pa.Table.from_pylist([told | changed], SCHEMA))
         assert main(["gallery", str(tmp_path / name), "--out", str(tmp_path / "pages" / name)]) == 1
@@ -264,7 +264,7 @@ def test_a_page_is_written_nowhere_else_and_not_without_pictures(out, tmp_path, 
 
 
 def test_the_same_rows_twice_are_one_file(out, tmp_path):
-    lake, table = Lake(Place(str(tmp_path))), parquet.read_table(out / "maps")
+    lake, table = Lake(LakePlace(str(tmp_path))), parquet.read_table(out / "maps")
     for _ in range(2):
         lake.add(table)
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "maps").iterdir()) == ["failed", "maps"]
@@ -274,7 +274,7 @@ def test_the_same_rows_twice_are_one_file(out, tmp_path):
 def test_subfolders_that_are_no_labels_are_told(store, tmp_path, capsys):
     (tmp_path / "in" / "2024").mkdir(parents=True)
     (tmp_path / "in" / "2024" / "one.jpg").write_bytes(picture())
-    source = sources.find(Place(str(tmp_path / "in")), ["ant"])
+    source = sources.find(LakePlace(str(tmp_path / "in")), ["ant"])
     assert source.items["label"].to_pylist() == [None] and "'2024' is no label" in source.unlabelled
     assert command(store, tmp_path / "in", tmp_path / "out", "--target", "label") == 1
     assert "the pictures have no labels: subfolder '2024'" in capsys.readouterr().err
@@ -313,6 +313,6 @@ def test_what_cannot_be_is_refused(store, many, tmp_path, capsys):
 def test_rows_of_a_large_row_group_are_told_apart(tmp_path):
     images = [bytes([number]) for number in range(80)]
     parquet.write_table(pa.table({"path": list(map(str, range(80))), "image": images}), tmp_path / "lake.parquet")
-    place = Place(str(tmp_path / "lake.parquet"))
+    place = LakePlace(str(tmp_path / "lake.parquet"))
     (portion,) = sources.portions(sources.find(place, []).items.take([1, 40, 79]))
     assert dict(sources.read(place, portion)) == {0: b"\x01", 1: b"\x28", 2: b"\x4f"}

@@ -47,7 +47,7 @@ LARGE = ("values", "overlay", "seen")  # columns of many bytes
 
 
 @dataclass(frozen=True)
-class Place:
+class LakePlace:
     """A folder, or a bucket and prefix such as s3://bucket/prefix, as a command line names it."""
 
     name: str
@@ -108,7 +108,7 @@ class Place:
 class Lake:
     """Maps that have been made, and what they were made of."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: LakePlace) -> None:
         self.place = place
 
     def about(self) -> dict[str, Any]:

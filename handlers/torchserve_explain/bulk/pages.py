@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pyarrow import compute
 
-from torchserve_explain.bulk.lake import LARGE, SCHEMA, Lake, Place
+from torchserve_explain.bulk.lake import LARGE, SCHEMA, Lake, LakePlace
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.gallery.explain import RECORDS, check_out
 from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
@@ -18,7 +18,7 @@ from torchserve_explain.records import Record, add_record
 
 def build(maps: str, out: Path, sample: int | None) -> Path:
     """Write the gallery of a lake's pictures, or of so many of them; return its first page. Raises ArchiveError."""
-    place = Place(maps)
+    place = LakePlace(maps)
     lake = Lake(place)
     about = lake.about()
     check_out(out, Path(place.path()) if place.local else Path(maps), RECORDS)

@@ -15,9 +15,9 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources, TaskPoo
 
 from torchserve_explain.archive import Archive
 from torchserve_explain.archiver import ensure_archive
-from torchserve_explain.bulk.lake import Lake, Place
+from torchserve_explain.bulk.lake import Lake, LakePlace
 from torchserve_explain.bulk.sources import find, portions
-from torchserve_explain.bulk.stages import Asked, Decoder, Explainer, Writer
+from torchserve_explain.bulk.stages import Decoder, LakeExplainer, LakeQuestion, Writer
 from torchserve_explain.errors import ArchiveError, AttributionError, RequestError, ServerError
 from torchserve_explain.gallery.question import LABEL
 from torchserve_explain.paths import ROOT
@@ -30,11 +30,11 @@ AHEAD = 512_000_000  # bytes that may wait between the stages, for each actor
 
 
 @dataclass(frozen=True)
-class Work:
+class LakeWork:
     """What is due, and who does it."""
 
     archive: Path
-    asked: Asked
+    asked: LakeQuestion
     decoder: Decoder
     lake: Lake
     due: pa.Table
@@ -43,7 +43,7 @@ class Work:
 
 
 @dataclass
-class Tally:
+class LakeTally:
     """How many maps have been written, how many of them failed, and why one did."""
 
     rows: int = 0
@@ -53,8 +53,8 @@ class Tally:
 
 def main(options: argparse.Namespace) -> int:
     """Explain what the command line names, and say what came of it."""
-    out = Place(options.out or str(ROOT / "run" / "explained" / options.name))
-    tally = Tally()
+    out = LakePlace(options.out or str(ROOT / "run" / "explained" / options.name))
+    tally = LakeTally()
     try:
         work = prepare(options, out)
         if work.due.num_rows:
@@ -72,14 +72,14 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(options: argparse.Namespace, out: Place) -> Work:
+def prepare(options: argparse.Namespace, out: LakePlace) -> LakeWork:
     """Find out what is due; raises ArchiveError, RequestError or Unsupported, naming what is allowed."""
-    data = Place(options.data)
+    data = LakePlace(options.data)
     if data.local and out.local:
         check_apart(Path(data.path()), Path(out.path()))
     path = ensure_archive(options.name, options.store)
     archive = Archive.load(path)
-    asked = Asked(options.methods, options.target, options.versus, dict(options.set), options.overlays)
+    asked = LakeQuestion(options.methods, options.target, options.versus, dict(options.set), options.overlays)
     question = asked.of(archive)
     source = find(data, archive.labels)
     if source.unlabelled is not None:
@@ -93,10 +93,10 @@ def prepare(options: argparse.Namespace, out: Place) -> Work:
     lake.tell({"format": FORMAT} | told | {"labels": archive.labels})
     stamps = dict(zip(source.items["path"].to_pylist(), source.items["stamp"].to_pylist(), strict=True))
     due = _due(source.items, lake.keys(question.settings, stamps), list(question.methods))
-    return Work(path, asked, Decoder(data, archive.settings), lake, due, options.batch, options.actors)
+    return LakeWork(path, asked, Decoder(data, archive.settings), lake, due, options.batch, options.actors)
 
 
-def explain(work: Work, tally: Tally) -> None:
+def explain(work: LakeWork, tally: LakeTally) -> None:
     """Make what is due, with a bar; raises ServerError where Ray fails."""
     total = sum(map(len, work.due["maps"].to_pylist()))
     try:
@@ -125,7 +125,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def _written(work: Work) -> Iterator[Record]:
+def _written(work: LakeWork) -> Iterator[Record]:
     """Yield what each written batch of rows held."""
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
@@ -140,7 +140,7 @@ def _written(work: Work) -> Iterator[Record]:
     rows = ray.data.from_arrow(list(portions(work.due)))
     rows = rows.map_batches(work.decoder, batch_size=None, batch_format="pyarrow", **decoding)
     rows = rows.map_batches(
-        Explainer, fn_constructor_args=(archive, work.asked), batch_size=work.batch, batch_format="pyarrow", **explaining
+        LakeExplainer, fn_constructor_args=(archive, work.asked), batch_size=work.batch, batch_format="pyarrow", **explaining
     )
     rows = rows.map_batches(Writer(work.lake.place), batch_size=ROWS, batch_format="pyarrow", **helping)
     for written in rows.iter_batches(batch_size=None, batch_format="pyarrow"):

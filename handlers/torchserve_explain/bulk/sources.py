@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs, parquet
 
-from torchserve_explain.bulk.lake import Place
+from torchserve_explain.bulk.lake import LakePlace
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.gallery.question import check_label
 from torchserve_explain.records import SUFFIXES
@@ -23,14 +23,14 @@ Read = tuple[int, bytes | OSError]  # a picture's index in its portion, and its 
 
 
 @dataclass(frozen=True)
-class Source:
+class PictureSource:
     """A place's pictures, a table of ITEMS; and why they have no labels, where they have none."""
 
     items: pa.Table
     unlabelled: str | None
 
 
-def find(place: Place, labels: Sequence[str]) -> Source:
+def find(place: LakePlace, labels: Sequence[str]) -> PictureSource:
     """List a place; raises ArchiveError where there is no picture, or not one kind of thing."""
     files = {name: info for name, info in _files(place) if not any(part.startswith(".") for part in name.split("/"))}
     pictures = sorted(name for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES)
@@ -56,7 +56,7 @@ def portions(items: pa.Table) -> Iterator[pa.Table]:
             start = end
 
 
-def read(place: Place, portion: pa.Table) -> Iterator[Read]:
+def read(place: LakePlace, portion: pa.Table) -> Iterator[Read]:
     """Yield the contents of a portion's pictures, a few at a time in memory."""
     if portion["file"].null_count:
         with ThreadPoolExecutor(READERS) as readers:
@@ -73,7 +73,7 @@ def read(place: Place, portion: pa.Table) -> Iterator[Read]:
             start += batch.num_rows
 
 
-def _files(place: Place) -> Iterator[tuple[str, fs.FileInfo]]:
+def _files(place: LakePlace) -> Iterator[tuple[str, fs.FileInfo]]:
     """Yield the files of a place by their path in it, or the one file that it is; raises ArchiveError."""
     try:
         (own,) = place.system.get_file_info([place.path()])
@@ -88,7 +88,7 @@ def _files(place: Place) -> Iterator[tuple[str, fs.FileInfo]]:
         raise ArchiveError(f"{place.shown} cannot be listed: {error}") from None
 
 
-def _pictures(names: Sequence[str], files: dict[str, fs.FileInfo], labels: Sequence[str]) -> Source:
+def _pictures(names: Sequence[str], files: dict[str, fs.FileInfo], labels: Sequence[str]) -> PictureSource:
     """Return pictures, labelled where every subfolder is a label."""
     folders = sorted({name.partition("/")[0] if "/" in name else "" for name in names})
     try:
@@ -100,10 +100,10 @@ def _pictures(names: Sequence[str], files: dict[str, fs.FileInfo], labels: Seque
     told = [None if unlabelled else name.partition("/")[0] for name in names]
     stamps, count = [_stamp(files[name]) for name in names], len(names)
     columns = [names, told, stamps, [None] * count, [0] * count, [0] * count]
-    return Source(pa.table(columns, schema=ITEMS), unlabelled)
+    return PictureSource(pa.table(columns, schema=ITEMS), unlabelled)
 
 
-def _rows(place: Place, files: Sequence[tuple[str, fs.FileInfo]], labels: Sequence[str]) -> Source:
+def _rows(place: LakePlace, files: Sequence[tuple[str, fs.FileInfo]], labels: Sequence[str]) -> PictureSource:
     """Return the rows of Parquet files; reads their paths and labels alone."""
     parts = []
     for name, info in files:
@@ -121,7 +121,7 @@ def _rows(place: Place, files: Sequence[tuple[str, fs.FileInfo]], labels: Sequen
     known = items["label"].drop_null().unique().to_pylist()
     for label in known:
         check_label("label", label, labels)
-    return Source(items, None if items.num_rows and not items["label"].null_count else "not every row has one")
+    return PictureSource(items, None if items.num_rows and not items["label"].null_count else "not every row has one")
 
 
 def _check_columns(name: str, schema: pa.Schema) -> bool:
@@ -142,11 +142,11 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _opened(place: Place, name: str) -> Any:
+def _opened(place: LakePlace, name: str) -> Any:
     return parquet.ParquetFile(place.system.open_input_file(place.path(name)))
 
 
-def _content(place: Place, path: str) -> bytes | OSError:
+def _content(place: LakePlace, path: str) -> bytes | OSError:
     try:
         return place.read(path)
     except OSError as error:

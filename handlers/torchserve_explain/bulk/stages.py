@@ -18,7 +18,7 @@ from torchserve_explain.attribution.computation import Outcome
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.attribution.methods import Attribution
-from torchserve_explain.bulk.lake import SCHEMA, Lake, Place
+from torchserve_explain.bulk.lake import SCHEMA, Lake, LakePlace
 from torchserve_explain.bulk.sources import PORTION, read
 from torchserve_explain.errors import AttributionError, ExplainError, NotFinite, RequestError
 from torchserve_explain.gallery.pages import FAILED, QUALITY
@@ -37,7 +37,7 @@ WRITTEN = pa.schema({"rows": pa.int64(), "failed": pa.int64(), "example": pa.str
 
 
 @dataclass(frozen=True)
-class Asked:
+class LakeQuestion:
     """What is asked of every picture, as the command line has it."""
 
     methods: str | None
@@ -55,7 +55,7 @@ class Asked:
 class Decoder:
     """Reads and decodes the pictures of a portion."""
 
-    place: Place
+    place: LakePlace
     settings: Settings
 
     def __call__(self, portion: pa.Table) -> Iterator[pa.Table]:
@@ -81,10 +81,10 @@ class Decoder:
         return told | seen
 
 
-class Explainer:
+class LakeExplainer:
     """An actor that explains what has been decoded, on its own GPU or core; what fails is a row that says why."""
 
-    def __init__(self, archive: ray.ObjectRef, asked: Asked) -> None:
+    def __init__(self, archive: ray.ObjectRef, asked: LakeQuestion) -> None:
         keep_freed_memory()
         torch.backends.cudnn.allow_tf32 = False  # a gradient loses too much in ten bits
         with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ class Explainer:
 class Writer:
     """Writes rows into a lake."""
 
-    place: Place
+    place: LakePlace
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Write, and return how many there were, how many of them failed, and why one of them did."""

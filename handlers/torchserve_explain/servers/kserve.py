@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
 def serve(archives: dict[str, Path], host: str, port: int, device: str) -> None:
     """Serve archives by their names until a signal stops it; raises ArchiveError, or ServerError without KServe."""
     try:
-        from torchserve_explain.servers.kserve_model import Explained, Server
+        from torchserve_explain.servers.kserve_model import Explained, KServeServer
     except ImportError as error:
         raise ServerError(f"KServe's package is missing ({error.name}); install torchserve-explain[kserve]") from None
-    Server(host, port).start([Explained(name, Host.load(path, name, device)) for name, path in archives.items()])
+    KServeServer(host, port).start([Explained(name, Host.load(path, name, device)) for name, path in archives.items()])

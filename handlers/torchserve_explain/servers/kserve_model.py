@@ -46,7 +46,7 @@ class Explained(Model):
         self._host.close()
 
 
-class Server(ModelServer):
+class KServeServer(ModelServer):
     """KServe's server with the contract's routes before its own, on an address that can be chosen."""
 
     def __init__(self, host: str, port: int) -> None:
