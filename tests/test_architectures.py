@@ -16,6 +16,7 @@ from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.methods.xrai import Xrai
 from torchserve_explain.attribution.rows import Score
 
+pytestmark = pytest.mark.live
 SAMPLES = 6
 RECTIFIED = {METHODS[n] for n in ("grad_cam", "hires_cam", "grad_cam_plus_plus", "layer_cam", "score_cam", "guided_grad_cam")}
 

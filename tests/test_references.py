@@ -28,6 +28,7 @@ from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import read_settings
 
+pytestmark = pytest.mark.live
 TARGET = 3
 
 
