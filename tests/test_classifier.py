@@ -325,7 +325,7 @@ def test_without_a_gradient_only_methods_that_need_none_serve():
     model = Answering(cut, nn.Conv2d(3, 6, 3))
     model.head.requires_grad_(False)
     capabilities = Capabilities(Classifier(model, NORMALIZATION, (16, 16)))
-    assert set(capabilities.methods) == {"score_cam", "occlusion", "rise", "lime", "kernel_shap"}
+    assert set(capabilities.methods) == {"eigen_cam", "score_cam", "occlusion", "rise", "lime", "kernel_shap"}
     assert all("gradient" in why for why in capabilities.refused.values())
 
 

@@ -33,7 +33,7 @@ from torchserve_explain.gallery.comparison import (
 from torchserve_explain.gallery.comparison_page import COMPARISON, write_page
 from torchserve_explain.gallery.explain import RECORDS, Run, check_out, pair
 from torchserve_explain.gallery.pages import FAILED, map_path, seen_path
-from torchserve_explain.gallery.question import LABEL, PREDICTED, GallerySample, Question, ask, find_samples
+from torchserve_explain.gallery.question import LABEL, NOTHING, PREDICTED, GallerySample, Question, ask, find_samples
 from torchserve_explain.options import fraction, whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, in_one_step
@@ -111,7 +111,8 @@ def questions(old: Archive, new: Archive, options: argparse.Namespace) -> tuple[
     methods = options.methods or ",".join(read_parameters(new.settings.explanations.defaults).method)
     target = options.target
     # The class that the new archive is to explain is told with each picture.
-    first, second = ask(old, methods, target, dict(options.set)), ask(new, methods, LABEL, dict(options.set))
+    given = dict(options.set)
+    first, second = ask(old, methods, target, given, NOTHING), ask(new, methods, LABEL, given, NOTHING)
     if first.methods.keys() != second.methods.keys():
         maps = " and ".join(", ".join(question.methods) for question in (first, second))
         raise ArchiveError(f"the archives are explained by different maps, {maps}; allowed: --methods or --set layer=NAME")
