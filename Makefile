@@ -6,7 +6,7 @@ SERVERS := .venv-servers/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: serve test test-servers demo study bench bench-growth bench-serve soak support site lint setup clean
+.PHONY: serve test test-servers test-bulk demo study bench bench-growth bench-serve soak support site lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
@@ -14,8 +14,11 @@ serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 test: setup  ## run all tests, a live server among them
 	@$(RUN) -m pytest
 
-test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve, and Ray Data (make test has TorchServe)
-	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py tests/test_bulk.py -k 'not torchserve'
+test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve (make test has TorchServe)
+	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py -k 'not torchserve'
+
+test-bulk: setup .venv-servers/ready  ## folders, buckets and Parquet explained on Ray Data
+	@$(SERVERS) -m pytest tests/test_bulk.py
 
 demo: setup  ## serve, predict, explain a photo with every method, write demo/, stop
 	@$(RUN) -m torchserve_explain demo
