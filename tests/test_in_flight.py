@@ -79,8 +79,9 @@ def test_what_is_handed_over_again_is_not_read_again(in_flight):
 def test_a_request_that_is_no_longer_handed_over_is_dropped_and_its_place_is_free(service, in_flight):
     service._places = 1
     assert in_flight.call({"gone": explain}) == {}
+    gone = in_flight._waiting["gone"]
     until(in_flight, {"short": predict}, "short")
-    assert len(in_flight) == 0 and in_flight._host.engine.in_flight == 0
+    assert gone.cancelled() and len(in_flight) == 0 and in_flight._host.engine.in_flight == 0
     assert until(in_flight, {"next": explain}, "next")["next"].status == 200
 
 
