@@ -1,6 +1,5 @@
 """Short requests alone and beside clients that explain: continuous batching, whole batches, and TorchServe's own handler."""
 
-import json
 import os
 import tempfile
 import threading
@@ -132,10 +131,7 @@ def main() -> None:
             lines = list(latencies(server))
             measured = {mode: by_itself(server, mode, found) for mode, found in rates(server).items()}
     results = {"machine": machine.describe(len(os.sched_getaffinity(0))), "latencies": lines, "modes": measured}
-    (out / "beside.json").write_text(json.dumps(results, indent=1))
-    table = tables.beside(results)
-    (out / "beside.md").write_text(table)
-    print(table)
+    tables.write(out / "beside", results, tables.beside(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """How Integrated Gradients' time and memory grow with images, pixels, classes and steps: the engine beside Captum."""
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -54,10 +53,8 @@ def main() -> None:
     out = ROOT / "run" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     told = machine.describe(1)
-    (out / "growth.json").write_text(json.dumps({"machine": told, "network": NETWORK, "results": found}, indent=1))
-    table = tables.growth(told, NETWORK, found)
-    (out / "growth.md").write_text(table)
-    print(table)
+    results = {"machine": told, "network": NETWORK, "results": found}
+    tables.write(out / "growth", results, tables.growth(told, NETWORK, found))
 
 
 if __name__ == "__main__":

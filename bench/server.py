@@ -1,6 +1,5 @@
 """The server under load: explanations over HTTP by our handler and by TorchServe's own."""
 
-import json
 import os
 import shutil
 import statistics
@@ -44,7 +43,8 @@ class Lite0(network.EfficientNetLite0):
 """,
 }
 CONFIG = """
-{minWorkers: 1, maxWorkers: 1, batchSize: 8, maxBatchDelay: 5, responseTimeout: 600, explanations: {limits: {seconds: 300}}}
+{minWorkers: 1, maxWorkers: 1, continuousBatching: false, batchSize: 8, maxBatchDelay: 5, responseTimeout: 600,
+ explanations: {limits: {seconds: 300}}}
 """
 FIELDS = {"method": "integrated_gradients", "steps": str(STEPS)}
 CLIENTS = {1: 6, 8: 16, 32: 32}  # clients, and how many explanations they ask for together
@@ -232,12 +232,8 @@ def main() -> None:
             build(name, store, folder)
             with serving([name, f"{name}-stock"], store, free_ports(), folder / "run") as server:
                 explanations += rates(server, name)
-    told = machine.describe(len(os.sched_getaffinity(0)))
-    results = {"machine": told, "steps": STEPS, "explanations": explanations}
-    (out / "server.json").write_text(json.dumps(results, indent=1))
-    table = tables.server(results)
-    (out / "server.md").write_text(table)
-    print(table)
+    results = {"machine": machine.describe(len(os.sched_getaffinity(0))), "steps": STEPS, "explanations": explanations}
+    tables.write(out / "server", results, tables.server(results))
 
 
 if __name__ == "__main__":

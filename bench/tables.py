@@ -1,5 +1,6 @@
 """The bench's results as a table and as a plot."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -8,6 +9,13 @@ from typing import Any
 Line = Mapping[str, Any]
 PEERS = ("ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor")
 HEAD = "| work | ours, s | peer | peer, s | ratio | memory ours / peer, MB | error ours / peer | cosine |"
+
+
+def write(path: Path, results: Mapping[str, Any], table: str) -> None:
+    """Write results beside their table, as PATH.json and PATH.md, and print the table."""
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1))
+    path.with_suffix(".md").write_text(table)
+    print(table)
 
 
 def contest_of(line: Line) -> tuple[str, int, str]:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from functools import cache
 from urllib.parse import unquote
 
 import numpy as np
@@ -11,12 +10,13 @@ import pytest
 import torch
 from live import SMALL_CONFIG, SMALL_LABELS, picture, small_files
 from PIL import Image
+from test_explain_folder import loading_once
 
 from torchserve_explain.archiver import build_archive, load_archive, parser
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.cli import main
-from torchserve_explain.gallery import compare, question
+from torchserve_explain.gallery import compare
 from torchserve_explain.gallery.comparison import (
     Compared,
     Movement,
@@ -29,7 +29,6 @@ from torchserve_explain.gallery.comparison import (
     thresholds,
 )
 from torchserve_explain.records import read_records
-from torchserve_explain.serving.parameters import Capabilities
 
 CROP = "preprocessing: {{resize: 72, crop: {}}}\n"
 METHODS = ["grad_cam", "sensitivity"]
@@ -66,9 +65,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(question, "Capabilities", cache(Capabilities))
-        patched.setattr(compare, "load_archive", cache(load_archive))
+    with loading_once(compare):
         yield
 
 

@@ -1,6 +1,7 @@
 """A folder explained: every record there, nothing computed twice, right and wrong apart, means as they are defined."""
 
 import re
+from contextlib import contextmanager
 from functools import cache
 from urllib.parse import unquote
 
@@ -32,12 +33,18 @@ def store(tmp_path_factory):
     return store
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """A run loads its archive and tries every method on it; these runs share what comes of it, to be quick."""
+@contextmanager
+def loading_once(module):
+    """A run of a module loads its archive and tries every method on it; runs share what comes of it, to be quick."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(question, "Capabilities", cache(Capabilities))
-        patched.setattr(explain, "load_archive", cache(load_archive))
+        patched.setattr(module, "load_archive", cache(load_archive))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    with loading_once(explain):
         yield
 
 

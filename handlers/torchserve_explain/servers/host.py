@@ -50,8 +50,7 @@ class Host:
         # The places of a continuous batch are TorchServe's; here any number of requests may be in flight.
         settings = archive.settings.model_copy(update={"continuousBatching": False})
         model = {"name": name, "version": archive.version}
-        host = cls(Service(archive.classifier, archive.labels, settings, model, archive.digest))
-        host.version = archive.version
+        host = cls(Service(archive.classifier, archive.labels, settings, model, archive.digest), archive.version)
         host.warm_up()
         log.info("%s %s on %s: %d classes", name, archive.version, device, archive.classifier.classes)
         return host

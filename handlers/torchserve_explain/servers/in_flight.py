@@ -1,6 +1,5 @@
 """Requests in flight: a frontend hands over all of them at every call and gets the answers of those that are done."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -9,7 +8,6 @@ from torchserve_explain.servers.host import Host
 from torchserve_explain.serving.answers import Answer
 from torchserve_explain.serving.service import RawRequest
 
-log = logging.getLogger(__name__)
 TRANSFERS = 4  # a call lasts so many times as long as its hand-over, which so stays under a fifth
 LONGEST = 1.0  # seconds of a call, however long the hand-over takes
 
