@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from torchserve_explain import __version__
 from torchserve_explain.attribution.methods import METHODS, Smoothing
+from torchserve_explain.attribution.methods.method import Family
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.serving.colormaps import COLORMAPS, table
 from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters
@@ -27,6 +28,7 @@ def capability_report(
         "model": dict(model),
         "served_by": f"torchserve-explain {__version__}",
         "methods": [_method(name) for name in capabilities.methods],
+        "families": list(Family),
         "refused": capabilities.refused,
         "parameters": _parameters(defaults),
         "qualities": {name: first_sentence(quality) for name, quality in QUALITIES.items()},
@@ -41,6 +43,8 @@ def _method(name: str) -> dict[str, Any]:
     own = fields(method)  # type: ignore[arg-type]
     return {
         "name": name,
+        "family": method.family,
+        "first": method.first,
         "description": first_sentence(method),
         "parameters": [field.name for field in own],
         "defaults": {field.name: field.default for field in own if isinstance(field.default, str | int | float)},

@@ -7,6 +7,8 @@ const url = (api) => [`${location.origin}${prefix}`, api, model, ...(version ? [
 let photo = null; // {file, bitmap, address}
 let key = ""; // in memory alone
 let running = null; // the AbortController of the requests under way
+let maps = []; // {answer, explanation, photo} of each card
+const answers = new Map(); // of this photo, by the fields that were sent
 
 const say = (message) => { find("#status").textContent = message; };
 
@@ -47,12 +49,11 @@ async function take(file) {
   if (photo) URL.revokeObjectURL(photo.address);
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
   photo = { file, bitmap, address: URL.createObjectURL(file) };
+  answers.clear();
+  find("main").classList.add("given");
   find("#seen").hidden = false;
   Object.assign(find("#preview"), { src: photo.address, hidden: !bitmap, alt: `Your photo, ${file.name}` });
   Object.assign(find("#preview-name"), { href: photo.address, download: file.name, textContent: file.name });
-  find("#cards").replaceChildren();
-  find("#results").hidden = true;
-  say("");
   await predict();
 }
 
@@ -63,12 +64,15 @@ async function predict() {
   shown.replaceChildren(make("p", { className: "quiet", textContent: "Looking …" }));
   try {
     const answer = await ask("predictions", {});
-    if (asked === photo) shown.replaceChildren(...predictionParts(Object.entries(answer)));
+    if (asked !== photo) return;
+    shown.replaceChildren(...predictionParts(Object.entries(answer)));
+    showTarget();
+    explain(); // the first one, without being asked
   } catch (error) {
     if (asked === photo) shown.replaceChildren(make("p", { className: "error", textContent: error.message }));
+  } finally {
+    shown.setAttribute("aria-busy", asked !== photo);
   }
-  shown.setAttribute("aria-busy", "false");
-  showTarget();
 }
 
 function predictionParts(classes) {
@@ -76,7 +80,7 @@ function predictionParts(classes) {
   const told = quantity ? short : percent;
   const [label, measure] = classes[0];
   const rows = classes.map(([name, share]) => {
-    const parts = [make("span", { textContent: name }), make("span", { className: "number", textContent: told(share) })];
+    const parts = [make("bdi", { textContent: name }), make("span", { className: "number", textContent: told(share) })];
     const named = report.labels.indexOf(name) === report.labels.lastIndexOf(name) && report.labels.includes(name);
     const inside = named ? make("button", { type: "button", value: name, title: "Ask why this one" }, ...parts)
       : make("span", { className: "plain" }, ...parts); // two classes share the name
@@ -86,7 +90,7 @@ function predictionParts(classes) {
     return row;
   });
   return [
-    make("p", {}, quantity ? "It answers " : "It looks like ", make("b", { textContent: label }), ` (${told(measure)}).`),
+    make("p", {}, quantity ? "It answers " : "It looks like ", make("b", {}, make("bdi", { textContent: label })), ` (${told(measure)}).`),
     make("ul", { className: "bars" }, ...rows),
     make("small", { textContent: "Choose a class to ask why that one." }),
   ];
@@ -95,7 +99,8 @@ function predictionParts(classes) {
 function chooseTarget(name) {
   const field = find("#field-target");
   field.value = field.value === name ? "" : name;
-  showTarget();
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  explain();
 }
 
 function showTarget() {
@@ -105,38 +110,42 @@ function showTarget() {
 
 async function explain() {
   const methods = chosenMethods();
-  if (running) return;
+  running?.abort();
   if (!photo) return say("Choose a photo first.");
   if (!methods.length) return say("Choose a method first.");
-  running = new AbortController();
-  const began = showProgress(methods.length);
+  const round = (running = new AbortController());
+  const progress = showProgress(methods.length);
   let failed = 0;
   try {
     for (const [done, method] of methods.entries()) {
-      began(done, method);
-      failed += (await explainOne(method, running.signal)) ? 0 : 1;
+      progress.began(done, method);
+      failed += (await explainOne(method, round.signal)) ? 0 : 1;
     }
     say(failed ? `Finished; ${failed} of ${methods.length} failed.` : `Finished: ${methods.length} of ${methods.length}.`);
   } catch (error) {
-    say(error.name === "AbortError" ? "Cancelled." : error.message);
+    if (running === round) say(error.name === "AbortError" ? "Cancelled." : error.message);
   } finally {
-    running = null;
-    began.end();
+    progress.end();
+    if (running === round) find("#progress").hidden = true;
   }
 }
 
 // Ask for one method and show its maps, or why there are none; a refused key ends the whole round.
 async function explainOne(method, signal) {
   const fields = fieldsFor(method);
-  const cards = find("#cards");
+  const asked = JSON.stringify(fields);
   try {
-    const answer = await ask("explanations", fields, signal);
+    if (!answers.has(asked)) answers.set(asked, await ask("explanations", fields, signal));
+    signal.throwIfAborted();
+    const answer = answers.get(asked);
     const command = asCurl(url("explanations"), photo.file.name, fields, Boolean(key));
-    cards.append(...answer.explanations.map((explanation) => mapCard(answer, explanation, photo, command)));
+    const found = answer.explanations.map((explanation) => ({ answer, explanation, photo }));
+    find("#cards").append(...found.map((shown) => mapCard(shown, command)));
+    offerComparison(maps = [...maps, ...found]);
     return true;
   } catch (error) {
     if (!(error instanceof Refused) || error instanceof KeyRefused) throw error;
-    cards.append(failureCard(method.name, error.message));
+    find("#cards").append(failureCard(method.name, error.message));
     return false;
   }
 }
@@ -144,30 +153,28 @@ async function explainOne(method, signal) {
 function showProgress(count) {
   const start = performance.now();
   let current = "";
-  const seconds = () => {
-    find("#elapsed").textContent = `${current} · ${((performance.now() - start) / 1000).toFixed(1)} s`;
-  };
+  const seconds = () => { find("#elapsed").textContent = `${current} · ${((performance.now() - start) / 1000).toFixed(1)} s`; };
   const timer = setInterval(seconds, 100);
-  const show = (on) => {
-    find("#progress").hidden = !on;
-    find("#explain").setAttribute("aria-disabled", on); // not disabled, which would take the focus away
-  };
-  show(true);
   find("#cards").replaceChildren();
+  offerComparison(maps = []);
+  find("#empty").hidden = true;
+  find("#progress").hidden = false;
+  return {
+    began(done, method) {
+      Object.assign(find("progress"), { max: count, value: done });
+      current = `${done + 1} of ${count}: ${methodTitle(method.name)}`;
+      say(`Explaining ${current}.`);
+      seconds();
+    },
+    end: () => clearInterval(timer),
+  };
+}
+
+// On a small screen the answers stand above the question.
+function showResults() {
   const results = find("#results");
-  results.hidden = false;
-  if (results.getBoundingClientRect().top > 0.6 * innerHeight) results.scrollIntoView();
-  const began = (done, method) => {
-    Object.assign(find("progress"), { max: count, value: done });
-    current = `${done + 1} of ${count}: ${words(method.name)}`;
-    say(`Explaining ${current}.`);
-    seconds();
-  };
-  began.end = () => {
-    clearInterval(timer);
-    show(false);
-  };
-  return began;
+  const { top } = results.getBoundingClientRect();
+  if (photo && (top < 0 || top > 0.6 * innerHeight)) results.scrollIntoView();
 }
 
 function sampleFile() {
@@ -193,22 +200,31 @@ function listen() {
       if (kind === "drop") taken(event.dataTransfer.files);
     });
   }
-  on(form, "input", () => { updateFields(); showTarget(); });
-  on(form, "submit", (event) => { event.preventDefault(); explain(); });
+  on(form, "input", () => {
+    updateFields();
+    showTarget();
+    history.replaceState(null, "", `#${shared()}`);
+  });
+  on(form, "submit", (event) => { event.preventDefault(); explain(); showResults(); });
+  form.addEventListener("invalid", (event) => { event.target.closest("details")?.setAttribute("open", ""); }, true);
+  on(find("#share"), "click", () => copy(`${location.href.split("#")[0]}#${shared()}`, "link to these settings", () => say("Copy the link from the address bar.")));
+  on(window, "hashchange", restore);
   on(find("#cancel"), "click", () => running?.abort());
   on(find("#key-form"), "submit", (event) => { event.preventDefault(); useKey(); });
   on(find("#key"), "input", (event) => { key = event.target.value.trim(); });
   on(find("#opacity"), "input", showOpacity);
+  on(find("#compare"), "change", () => compare(maps));
+  on(find("#split"), "input", (event) => find(".split").style.setProperty("--split", `${event.target.value}%`));
 }
 
 function showOpacity() {
   const value = find("#opacity").value;
-  find("#cards").style.setProperty("--opacity", value / 100);
+  find("#results").style.setProperty("--opacity", value / 100);
   find("output").textContent = `${value} %`;
 }
 
 buildMethods();
 buildFields();
-updateFields();
+restore();
 listen();
 find("main").hidden = false;

@@ -5,14 +5,15 @@ const report = JSON.parse(find("#report").textContent);
 const form = find("#form");
 const LISTED = 5000; // suggestions that a browser still lists quickly
 const OWN = new Set(["method", "output", "values", "audit"]); // the page chooses these itself
-const FIRST = new Set(["target", "versus"]); // beside the methods, not among the settings
-const EMPTY = { target: "the predicted class", versus: "nothing: the class by itself" };
+const FIRST = new Set(["target", "versus"]); // above the methods, not among the settings
+const EMPTY = { target: "the predicted", versus: "nothing" };
 
 const words = (name) => name.replaceAll("_", " ");
 const sentence = (text) => text[0].toUpperCase() + text.slice(1);
-const TITLES = { versus: "Rather than" };
+const TITLES = { target: "Why this class", versus: "Rather than" };
 const title = (name) => TITLES[name] ?? sentence(words(name));
-const methodTitle = (name) => (name.length <= 4 ? name.toUpperCase() : title(name)); // LIME, but Saliency
+const capitals = (word) => word.toUpperCase();
+const methodTitle = (name) => (name.length <= 4 ? capitals(name) : title(name).replace(/\b(cam|shap)\b/, capitals)); // LIME, Grad CAM
 const told = (value) => (Array.isArray(value) ? value.join(", ") : String(value ?? ""));
 
 function make(tag, properties = {}, ...children) {
@@ -35,13 +36,28 @@ function methodOption(name, text, options) {
   return make("label", { className: "option" }, box, heading, about);
 }
 
+// The few that suit most stand in sight, the others fold by what they answer.
 function buildMethods() {
-  const chosen = report.parameters.method.default;
-  const isChosen = (name) => chosen.includes(name) || chosen.includes("all");
+  const { methods, families, refused, parameters } = report;
+  const inSight = [...methods].sort((a, b) => b.first - a.first).slice(0, 3);
+  const chosen = parameters.method.default.includes("all") ? inSight.map((method) => method.name) : parameters.method.default;
+  const option = ({ name, description }) => methodOption(name, description, { checked: chosen.includes(name) });
+  const folded = (family) => methods.filter((method) => method.family === family && !inSight.includes(method));
   find("#methods").append(
-    ...report.methods.map((m) => methodOption(m.name, m.description, { checked: isChosen(m.name) })),
-    ...Object.entries(report.refused).map(([name, why]) => methodOption(name, `Not for this model: ${why}`, { disabled: true })),
+    ...inSight.map(option),
+    ...families.map((family) => fold(sentence(family), folded(family).map(option))),
+    fold("Not for this model", Object.entries(refused).map(([name, why]) => methodOption(name, why, { disabled: true }))),
   );
+}
+
+function fold(heading, options) {
+  const count = make("span", { className: "quiet", textContent: ` ${options.length}` });
+  return make("details", { hidden: !options.length }, make("summary", {}, heading, count), ...options);
+}
+
+// What is chosen in a fold is in sight.
+function unfold() {
+  for (const box of form.querySelectorAll("details input:checked")) box.closest("details").open = true;
 }
 
 function choice(name, parameter, id) {
@@ -123,12 +139,29 @@ function isUsed(name, methods, values) {
   return parameter.general || Boolean(on) || methods.some((method) => method.parameters.includes(name));
 }
 
-// The fields of a request for one method: those that it uses.
+// The settings as an address holds them: neither photo nor key.
+const shared = () => new URLSearchParams({ method: chosenMethods().map((method) => method.name).join(","), ...filledIn() });
+
+function restore() {
+  const kept = new URLSearchParams(location.hash.slice(1));
+  for (const [name, value] of kept) {
+    if (!(name in report.parameters)) continue;
+    for (const control of form.querySelectorAll(`[name="${name}"]`)) {
+      if (control.type === "checkbox") control.checked = value.split(",").includes(control.value);
+      else control.value = value;
+    }
+  }
+  unfold();
+  updateFields();
+}
+
+// The fields of a request for one method: those that it uses. The values come with how a path was refined.
 function fieldsFor(method) {
   const values = filledIn();
   const used = Object.entries(values).filter(([name]) => isUsed(name, [method], values));
   const output = report.parameters.output.default === "json" ? {} : { output: "json" };
-  return { method: method.name, ...Object.fromEntries(used), ...output };
+  const refined = "max_error" in method.defaults ? { values: "true" } : {};
+  return { method: method.name, ...Object.fromEntries(used), ...output, ...refined };
 }
 
 // Show the fields that a chosen method uses, each with what happens if it is left empty.

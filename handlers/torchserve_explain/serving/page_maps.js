@@ -27,37 +27,56 @@ function completeness({ completeness_error: error, baseline_score: baseline, tar
   return `The map adds up to the score's change from ${from} to ${short(target.score)}, with an error of ${percent(error)}${verdict}.`;
 }
 
+// How far an explanation can be trusted, and what it cost, in a few words.
+function badges(explanation) {
+  const { parameters, evaluations, milliseconds, quality } = explanation;
+  const errors = ["completeness_error", "map_error", "sampling_error"].filter((name) => explanation[name] != null);
+  const error = (name) => explanation[name] <= (parameters[name.replace(/^.*_/, "max_")] ?? 0.05);
+  const measures = Object.entries(quality ?? {}).filter(([, value]) => value != null);
+  return [
+    ...errors.map((name) => [`${error(name) ? "✓" : "!"} ${title(name)} ${percent(explanation[name])}`, error(name) ? "good" : "bad"]),
+    ...measures.map(([name, value]) => [`${title(name)} ${short(value)}`, ""]),
+    [`${evaluations} ${evaluations === 1 ? "pass" : "passes"}, ${(milliseconds / 1000).toFixed(2)} s`, ""],
+  ].map(([textContent, className]) => make("li", { textContent, className }));
+}
+
 function facts(explanation) {
-  const { target, versus, parameters, evaluations, milliseconds, quality } = explanation;
+  const { target, versus, parameters, quality } = explanation;
   const rows = [["Explained", `${target.label}${measured(target)}; score ${short(target.score)}`]];
   if (versus) rows.push(["Rather than", `${versus.label}${measured(versus)}; the score is the difference`]);
   if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
   for (const [name, value] of Object.entries(quality ?? {})) {
     rows.push([title(name), value == null ? "not measured" : `${short(value)}. ${report.qualities[name] ?? ""}`]);
   }
-  rows.push(["Cost", `${evaluations} model ${evaluations === 1 ? "pass" : "passes"}, ${(milliseconds / 1000).toFixed(2)} s`]);
-  const settings = Object.entries(parameters).map(([name, value]) => `${words(name)} ${told(value)}`);
-  rows.push(["Settings", settings.join(", ")]);
-  return rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]);
+  rows.push(["Settings", Object.entries(parameters).map(([name, value]) => `${words(name)} ${told(value)}`).join(", ")]);
+  return rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value, dir: "auto" })]);
 }
 
-// A quality measure's curve: numbers between 0 and 1, equally spaced.
-function curves(details) {
-  return Object.entries(details ?? {}).filter(([, detail]) => detail?.curve?.length > 1).map(([name, { curve }]) => {
-    const drawn = find("#curve").content.cloneNode(true);
-    const points = curve.map((value, place) => `${(100 * place) / (curve.length - 1)},${50 - 50 * value}`);
-    find("polyline", drawn).setAttribute("points", points.join(" "));
-    find("svg", drawn).setAttribute("aria-label", `${words(name)}: from ${short(curve[0])} to ${short(curve.at(-1))}`);
-    const ends = [curve[0], curve.at(-1)].map(percent).join(" to ");
-    find("figcaption", drawn).textContent = `${title(name)}: the target's probability, ${ends}`;
-    return drawn;
-  });
+// A line through points [x, y], x from 0 and y from 0 to the values that the box's sides stand for.
+function curve(points, right, top, about) {
+  const drawn = find("#curve").content.cloneNode(true);
+  find("polyline", drawn).setAttribute("points", points.map(([x, y]) => `${(100 * x) / right},${50 - (50 * y) / top}`).join(" "));
+  find("svg", drawn).setAttribute("aria-label", about);
+  find("figcaption", drawn).textContent = about;
+  return drawn;
 }
 
-// What the model saw, under the map: the part `crop` of the upright photo at the map's size, or where that is small at a
-// multiple of it, as the server's pictures are.
-function drawStack(stack, explanation, photo, crop) {
+// The path's refinement, and the qualities' curves: numbers between 0 and 1, equally spaced.
+function curves({ refinement, quality_details: details }) {
+  const ends = (values) => [values[0], values.at(-1)].map(percent).join(" to ");
+  const rounds = (refinement ?? []).map((round) => [round.evaluations, round.completeness_error]);
+  const [first, last] = [rounds[0], rounds.at(-1)];
+  const about = () => `Completeness error: ${percent(first[1])} after ${first[0]} passes, ${percent(last[1])} after ${last[0]}`;
+  const refined = rounds.length > 1 ? [curve(rounds, last[0], Math.max(...rounds.map((round) => round[1])), about())] : [];
+  const found = Object.entries(details ?? {}).filter(([, detail]) => detail?.curve?.length > 1);
+  return [...refined, ...found.map(([name, { curve: values }]) =>
+    curve(values.map((value, place) => [place, value]), values.length - 1, 1, `${title(name)}: the target's probability, ${ends(values)}`))];
+}
+
+// The map over what the model saw: the part `crop` of the upright photo, at a multiple of the map's size.
+function drawStack(stack, { answer, explanation, photo }) {
   const { width, height, heatmap_png, overlay_png, scale } = explanation.heatmap;
+  stack.replaceChildren(find("#drawing").content.cloneNode(true));
   const canvas = find("canvas", stack);
   const about = `${words(explanation.method)} for ${question(explanation)}`;
   Object.assign(find(".heat", stack), { src: png(heatmap_png), width, height, alt: `Heat map: ${about}` });
@@ -66,8 +85,8 @@ function drawStack(stack, explanation, photo, crop) {
     find(".heat", stack).remove();
     return;
   }
-  const [left, top, right, bottom] = crop;
-  const factor = Math.max(1, Math.min(Math.ceil(224 / Math.min(width, height)), Math.floor(336 / Math.max(width, height))));
+  const [left, top, right, bottom] = answer.image.crop;
+  const factor = Math.ceil(448 / Math.max(width, height));
   Object.assign(canvas, { width: factor * width, height: factor * height });
   canvas.setAttribute("aria-label", "The part of the photo that the model saw");
   const context = canvas.getContext("2d");
@@ -78,10 +97,11 @@ function drawStack(stack, explanation, photo, crop) {
   stack.classList.toggle("diverging", scale.from < 0); // colours of the photo would be mistaken for the map's
 }
 
-function drawScale(element, { colormap, from, to }) {
-  const bar = find(".bar", element);
+function drawScale(element, { colormap, from, to, unit }) {
+  const bar = find(".colours", element);
   bar.style.setProperty("background", `linear-gradient(90deg, ${report.colormaps[colormap].join(", ")})`);
-  bar.setAttribute("aria-label", `Colours from ${short(from)} to ${short(to)}`);
+  bar.setAttribute("aria-label", `Colours from ${short(from)} to ${short(to)} ${unit ?? ""}`);
+  find(".unit", element).textContent = unit ?? "";
   find(".from", element).textContent = short(from);
   find(".to", element).textContent = short(to);
 }
@@ -98,30 +118,41 @@ function asCurl(url, fileName, fields, keyed) {
   return ["curl", ...key, "-F", quoted(`data=@${file}`), ...parts, quoted(url)].join(" ");
 }
 
-async function copy(command, box) {
+async function copy(text, what, elsewhere) {
   try {
-    await navigator.clipboard.writeText(command);
-    say("The curl command is copied.");
+    await navigator.clipboard.writeText(text);
+    say(`The ${what} is copied.`);
   } catch { // without HTTPS a page may not write the clipboard
-    Object.assign(box, { hidden: false, value: command });
-    box.select();
-    say("Copy the curl command from the box.");
+    elsewhere();
   }
 }
 
-function mapCard(answer, explanation, photo, command) {
+function copyCommand(command, box) {
+  copy(command, "curl command", () => {
+    Object.assign(box, { hidden: false, value: command });
+    box.select();
+    say("Copy the curl command from the box.");
+  });
+}
+
+function headline({ method, target, versus, parameters: { layer } }) {
+  return `${methodTitle(method)}: ${question({ target, versus })}${layer ? `, ${layer}` : ""}`;
+}
+
+function mapCard(shown, command) {
   const card = find("#card").content.cloneNode(true).firstElementChild;
+  const { explanation } = shown;
   const { method, target, heatmap } = explanation;
-  const layer = explanation.parameters.layer ? `, ${explanation.parameters.layer}` : "";
-  find("h3", card).textContent = `${methodTitle(method)}: ${question(explanation)}${layer}`;
+  find("h3", card).textContent = headline(explanation);
+  find(".badges", card).append(...badges(explanation));
   find(".about", card).textContent = report.methods.find((known) => known.name === method)?.description ?? "";
-  drawStack(find(".stack", card), explanation, photo, answer.image.crop);
+  drawStack(find(".stack", card), shown);
   drawScale(find(".scale", card), heatmap.scale);
   find(".meaning", card).textContent = meaning(explanation);
   find("dl", card).append(...facts(explanation));
-  find(".curves", card).append(...curves(explanation.quality_details));
+  find(".curves", card).append(...curves(explanation));
   Object.assign(find(".picture", card), { href: png(heatmap.overlay_png), download: `${method}-${target.index}.png` });
-  find(".curl", card).addEventListener("click", () => copy(command, find("textarea", card)));
+  find(".curl", card).addEventListener("click", () => copyCommand(command, find("textarea", card)));
   return card;
 }
 
@@ -130,4 +161,22 @@ function failureCard(method, message) {
   find("h3", card).textContent = methodTitle(method);
   find(".error", card).textContent = message;
   return card;
+}
+
+// Two maps of those shown, one over the other: the slider says how far the left one reaches.
+function offerComparison(maps) {
+  find("#compare").hidden = maps.length < 2;
+  for (const [place, side] of ["#left", "#right"].entries()) {
+    const options = maps.map(({ explanation }, value) => make("option", { value, textContent: headline(explanation) }));
+    find(side).replaceChildren(...options);
+    find(side).value = maps.length < 2 ? "" : place;
+  }
+  compare(maps);
+}
+
+function compare(maps) {
+  const stacks = find(".split").querySelectorAll(".stack");
+  for (const [place, side] of ["#left", "#right"].entries()) {
+    if (find(side).value) drawStack(stacks[place], maps[find(side).value]);
+  }
 }

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, OwnRow
+from torchserve_explain.attribution.methods.method import Attribution, Case, Family, Method, OwnRow
 from torchserve_explain.attribution.rows import Layer
 from torchserve_explain.errors import Unsupported
 
@@ -18,6 +18,7 @@ from torchserve_explain.errors import Unsupported
 class Cam(Method):
     """One row: a layer's activations and gradients, combined and enlarged bilinearly to the input; never negative."""
 
+    family: ClassVar[Family] = Family.WHERE
     signed: ClassVar[bool] = False
     own_row: ClassVar[OwnRow | None] = OwnRow.LAYER
 
@@ -49,6 +50,7 @@ class GradCam(Cam):
     """
 
     name: ClassVar[str] = "grad_cam"
+    first: ClassVar[bool] = True
 
     def combined(self, layer: Layer) -> Tensor:
         alpha = layer.gradient.mean((2, 3), keepdim=True)
@@ -132,6 +134,7 @@ class ScoreCam(Cam):
     """
 
     name: ClassVar[str] = "score_cam"
+    family: ClassVar[Family] = Family.NO_GRADIENTS
     own_row: ClassVar[OwnRow | None] = OwnRow.ACTIVATION
     needs_gradient: ClassVar[bool] = False
 

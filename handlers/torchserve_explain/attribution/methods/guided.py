@@ -32,6 +32,8 @@ def _guided(call: FunctionCall) -> Tensor:
 class Guided(Method):
     """A method that goes back through guided ReLUs, and so needs some."""
 
+    in_score_units: ClassVar[bool] = False
+
     @classmethod
     def unsupported(cls, classifier: Classifier) -> str | None:
         if not {"Relu", "Hardtanh"} & classifier.operations:

@@ -24,6 +24,15 @@ class OwnRow(StrEnum):
     ACTIVATION = "activation"
 
 
+class Family(StrEnum):
+    """What a method answers, in the order in which people ask."""
+
+    WHERE = "where"
+    PIXELS = "which pixels"
+    PARTS = "which parts"
+    NO_GRADIENTS = "without gradients"
+
+
 class Draw(IntEnum):
     """What a random stream is for: streams of different purposes are independent."""
 
@@ -144,7 +153,10 @@ class Method:
     """A technique of attribution; its dataclass fields are the parameters that a client may choose."""
 
     name: ClassVar[str]
+    family: ClassVar[Family] = Family.PIXELS
+    first: ClassVar[bool] = False  # True: one of the few that a person is offered first
     signed: ClassVar[bool] = True  # False: the map is never negative, by definition
+    in_score_units: ClassVar[bool] = True  # False: a signed map's values are no amounts of the score
     explains_probability: ClassVar[bool] = True  # False: it has no rule for the softmax, nor for a log-sum-exp
     asks_for_class: ClassVar[bool] = True  # False: its map is the same for every class
     needs_gradient: ClassVar[bool] = True  # False: the model's outputs suffice

@@ -43,6 +43,7 @@ class IntegratedGradients(Method):
     """
 
     name: ClassVar[str] = "integrated_gradients"
+    first: ClassVar[bool] = True
 
     baseline: Baseline = Baseline.BLACK
     max_error: float = 0.05

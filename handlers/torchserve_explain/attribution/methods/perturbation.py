@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Family, Method, stacked
 from torchserve_explain.attribution.rows import Evaluation
 
 CELLS = 7  # across a random mask
@@ -27,6 +27,8 @@ class Occlusion(Method):
     """
 
     name: ClassVar[str] = "occlusion"
+    family: ClassVar[Family] = Family.NO_GRADIENTS
+    first: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
@@ -73,6 +75,7 @@ class Rise(Method):
     """
 
     name: ClassVar[str] = "rise"
+    family: ClassVar[Family] = Family.NO_GRADIENTS
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK

@@ -17,6 +17,7 @@ from torchserve_explain.attribution.methods.method import (
     Attribution,
     Case,
     Draw,
+    Family,
     Method,
     pixels_of,
 )
@@ -63,6 +64,7 @@ class Lime(Method):
     """
 
     name: ClassVar[str] = "lime"
+    family: ClassVar[Family] = Family.PARTS
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
@@ -100,6 +102,7 @@ class KernelShap(Method):
     """
 
     name: ClassVar[str] = "kernel_shap"
+    family: ClassVar[Family] = Family.PARTS
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
