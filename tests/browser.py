@@ -71,6 +71,7 @@ def give(page, photo=PHOTO):
 
 
 def choose(page, *methods):
+    page.eval_on_selector_all("#methods details", "all => all.forEach(fold => fold.open = true)")
     for box in page.query_selector_all("input[name=method]:checked"):
         box.uncheck()
     for method in methods:
@@ -80,11 +81,15 @@ def choose(page, *methods):
 def explain(page, *methods):
     choose(page, *methods)
     page.click("#explain")
+    finished(page)
+
+
+def finished(page):
     wait_for_text(page, "#status", "^Finished")
 
 
 def heat_of(page):
-    return [element.get_attribute("src").split(",")[1] for element in page.query_selector_all(".heat")]
+    return [element.get_attribute("src").split(",")[1] for element in page.query_selector_all(".card .heat")]
 
 
 def hidden(page, parameter):
@@ -92,7 +97,7 @@ def hidden(page, parameter):
 
 
 def open_settings(page):
-    page.click("summary")
+    page.click("details:has(#fields) summary")
 
 
 def tab_to(page, selector):

@@ -45,6 +45,10 @@ def test_the_report_tells_every_method_with_what_it_takes():
     assert told["integrated_gradients"]["parameters"] == ["baseline", "max_error", "steps", "rule"]
     assert told["integrated_gradients"]["defaults"] == {"baseline": "black", "max_error": 0.05, "rule": "riemann"}
     assert told["saliency"]["parameters"] == ["backward"] and told["occlusion"]["parameters"] == ["baseline"]
+    assert [name for name, method in told.items() if method["first"]] == ["integrated_gradients", "grad_cam", "occlusion"]
+    assert {method["family"] for method in told.values()} == set(report()["families"]) and told["xrai"][
+        "family"
+    ] == "which parts"
     for name, method in told.items():
         assert method["description"].endswith(".") and "\n" not in method["description"]
         assert " ".join((METHODS[name].__doc__ or "").split()).startswith(method["description"])

@@ -97,6 +97,15 @@ def test_a_smaller_max_error_refines_the_path(classifier, image):
     assert float((fine.value.map - exact).norm()) < 0.3 * float((coarse.value.map - exact).norm())
 
 
+def test_a_refinements_rounds_are_what_smaller_budgets_end_with(classifier, image):
+    whole = explain(Job(IntegratedGradients(max_error=1e-12), case_of(classifier, image, budget=30))).value
+    assert [rows for rows, _ in whole.refinement] == [9, 17, 25, 30]
+    for rows, error in whole.refinement:
+        shorter = explain(Job(IntegratedGradients(max_error=1e-12), case_of(classifier, image, budget=rows))).value
+        assert shorter.completeness_error == pytest.approx(error)
+    assert explain(Job(IntegratedGradients(steps=3), case_of(classifier, image))).value.refinement == ()
+
+
 def test_the_path_ends_with_the_budget_and_tells_the_larger_error(classifier, image):
     explained = explain(Job(IntegratedGradients(max_error=1e-12), case_of(classifier, image, budget=21)))
     assert explained.evaluations == 21

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from skimage.color import rgb2lab
 
 from torchserve_explain.serving.colormaps import COLORMAPS, DIVERGING, DIVERGING_DEFAULT, SEQUENTIAL_DEFAULT, table
 from torchserve_explain.serving.pictures import (
@@ -101,6 +102,40 @@ def test_there_is_a_diverging_and_a_sequential_default():
     assert DIVERGING_DEFAULT in DIVERGING and SEQUENTIAL_DEFAULT in SEQUENTIAL
 
 
+# What colour-blind readers see: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
+BLIND = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(name, blindness):
+    """CIE L*a*b* [256, 3] of a colour map as a reader with such eyes sees it."""
+    coded = table(name) / 255
+    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ np.transpose(BLIND[blindness])).clip(0, 1)
+    return rgb2lab(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)[None])[0]
+
+
+@pytest.mark.parametrize("blindness", BLIND)
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_a_sequential_colour_map_grows_brighter_for_colour_blind_readers(name, blindness):
+    lightness = lab(name, blindness)[:, 0]
+    assert (np.diff(lightness) > -0.3).all() and lightness[-1] - lightness[0] > 60
+
+
+@pytest.mark.parametrize("blindness", BLIND)
+@pytest.mark.parametrize("name", DIVERGING)
+def test_a_diverging_colour_map_tells_the_signs_apart_for_colour_blind_readers(name, blindness):
+    seen = lab(name, blindness)
+    low, high = seen[127::-1], seen[128:]  # from zero on
+    for arm in (low, high):
+        assert (np.diff(arm[:, 0]) < 0.3).all() and arm[0, 0] - arm[-1, 0] > 25
+    assert np.linalg.norm(high - low, axis=1)[32:].min() > 20
+
+
 # Scale
 
 
@@ -118,6 +153,26 @@ def test_the_colour_map_asked_for_is_taken(name, signed):
 @pytest.mark.parametrize("name", COLORMAPS)
 def test_the_largest_value_has_full_colour_without_clipping(name):
     assert Scale.of(values([-1, 4]), True, name, 100).limit == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "signed", "meaning"),
+    [
+        ("red_blue", True, "Red raised the score, blue lowered it"),
+        ("orange_blue", True, "Orange raised the score, blue lowered it"),
+        ("gray", True, "The brighter, the more it raised the score"),
+        ("gray", False, "The brighter, the more the score depends on it"),
+    ],
+)
+def test_a_scale_says_what_its_colours_mean(name, signed, meaning):
+    assert Scale(name, 1).meaning(signed) == meaning
+
+
+def test_a_scales_unit_is_drawn_and_told():
+    plain, with_unit = Scale("gray", 2), Scale("gray", 2, "logit")
+    assert with_unit.as_json() == {"colormap": "gray", "from": 0, "to": 2, "unit": "logit"}
+    widths = [(colours(draw_scale(one, 224))[2] != PAPER).any(1).sum() for one in (plain, with_unit)]
+    assert widths[1] < widths[0] - 15
 
 
 def test_a_large_negative_value_widens_a_diverging_scale():
@@ -494,13 +549,14 @@ def test_a_reduced_map_can_be_drawn():
         ((28, 28), (224, 224)),
         ((64, 48), (320, 240)),
         ((168, 160), (336, 320)),
-        ((169, 169), (169, 169)),
+        ((169, 169), (224, 224)),
+        ((223, 200), (250, 224)),
         ((1, 1), (224, 224)),
-        ((256, 2), (256, 2)),
+        ((256, 2), (336, 3)),
         ((2, 100), (6, 300)),
     ],
 )
-def test_a_small_map_and_its_image_grow_alike_and_by_a_whole_factor(size, expected):
+def test_a_small_map_and_its_image_grow_alike_and_by_a_whole_factor_where_one_fits(size, expected):
     larger, picture = fitted(np.zeros(size[::-1], np.float32), photo(*size))
     assert larger.shape == expected[::-1] and picture.size == expected
 
@@ -509,6 +565,12 @@ def test_each_value_of_a_small_map_becomes_a_square():
     drawn = np.random.default_rng(0).normal(size=(32, 40)).astype(np.float32)
     larger, _ = fitted(drawn, photo(40, 32))
     assert (larger.reshape(32, 7, 40, 7) == drawn[:, None, :, None]).all()
+
+
+def test_a_map_that_no_whole_factor_fits_keeps_its_values_and_their_order():
+    drawn = np.arange(200, dtype=np.float32)[None].repeat(200, 0)
+    larger, _ = fitted(drawn, photo(200, 200))
+    assert (np.unique(larger) == np.arange(200)).all() and (np.diff(larger) >= 0).all()
 
 
 def test_a_small_image_grows_smoothly():

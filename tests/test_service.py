@@ -307,6 +307,33 @@ def test_a_small_maps_pictures_are_large_enough_to_be_looked_at(service):
     assert sizes == [(224, 224)] * 2 and (heatmap["width"], heatmap["height"]) == (32, 32)
 
 
+@pytest.mark.parametrize(
+    ("fields", "units"),
+    [
+        ({"method": b"integrated_gradients,input_x_gradient,occlusion,lime"}, ["logit"] * 4),
+        ({"method": b"grad_cam,saliency,biased_layer,guided_backprop"}, [None] * 4),
+        ({"method": b"biased_layer", "reduction": b"relevance"}, ["logit"]),
+        ({"method": b"occlusion", "score": b"probability"}, ["probability"]),
+        ({"method": b"input_x_gradient", "smoothing": b"smoothgrad", "samples": b"2"}, ["logit"]),
+        ({"method": b"input_x_gradient", "smoothing": b"vargrad", "samples": b"2"}, [None]),
+    ],
+)
+def test_a_scale_tells_the_unit_of_what_is_an_amount_of_the_score(service, fields, units):
+    (answer,) = answers(service, explain({"data": picture(), **fields}))
+    found = {one["method"]: one["heatmap"]["scale"]["unit"] for one in json.loads(answer.body)["explanations"]}
+    assert [found[name] for name in fields["method"].decode().split(",")] == units
+
+
+def test_values_come_with_the_paths_refinement(service):
+    fields = {"data": picture(), "method": b"integrated_gradients,saliency", "max_error": b"0.001"}
+    plain, full = answers(service, explain(fields), explain(fields | {"values": b"true"}))
+    assert b"refinement" not in plain.body
+    path, gradient = json.loads(full.body)["explanations"]
+    assert path["refinement"][0]["evaluations"] == 9 and path["refinement"][-1]["evaluations"] == path["evaluations"]
+    assert path["refinement"][-1]["completeness_error"] == pytest.approx(path["completeness_error"], abs=1e-4)
+    assert "refinement" not in gradient
+
+
 def test_pages_are_what_they_say_and_stand_in_no_frame(service):
     report = explain(EXPLANATION | {"output": b"html"})
     opened = explain({"body": b""}, ASKED | {"Accept": "text/html"})

@@ -6,6 +6,7 @@ from math import isfinite
 import torch
 
 from torchserve_explain.attribution.computation import Computation
+from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
 from torchserve_explain.attribution.rows import Contrast, Score
 from torchserve_explain.errors import NotFinite, Unsupported
@@ -23,6 +24,13 @@ class Job:
     def signed(self) -> bool:
         """Whether the map can be negative."""
         return self.method.signed if self.smoothing is None else self.smoothing.signed(self.method)
+
+    @property
+    def unit(self) -> str | None:
+        """What the map's values are amounts of: the score's unit; None where they are something else, as a squared gradient."""
+        if not (self.signed and self.method.in_score_units):
+            return None
+        return "value" if self.case.classifier.head is Head.NONE else str(self.case.score)
 
     @property
     def copies(self) -> int:

@@ -64,6 +64,7 @@ class ColorScale(AnswerPart):
     colormap: str
     lowest: float = Field(alias="from")
     highest: float = Field(alias="to")
+    unit: str | None = Field(None, description="logit, probability or value, of the score; null: no amount of it")
 
 
 class HeatMap(AnswerPart):
@@ -86,6 +87,13 @@ class MapValues(AnswerPart):
     data: str = Field(json_schema_extra={"contentEncoding": "base64"})
 
 
+class Round(AnswerPart):
+    """What a path's refinement has spent and reached after one of its rounds."""
+
+    evaluations: int = Field(ge=0)
+    completeness_error: float = Field(ge=0)
+
+
 class ExplainedMap(AnswerPart):
     """One explanation: which pixels spoke for a class (positive) and which against it, by one method."""
 
@@ -100,6 +108,7 @@ class ExplainedMap(AnswerPart):
     quality_details: dict[str, dict[str, Any]] = {}
     heatmap: HeatMap
     values: MapValues | None = Field(None, description="with values=true")
+    refinement: list[Round] | None = Field(None, description="with values=true: of a path that was refined")
     milliseconds: float = Field(ge=0)
 
     @cached_property

@@ -38,6 +38,7 @@ from torchserve_explain.serving.pictures import (
 )
 
 HERE = Path(__file__).parent
+ROUND = ("evaluations", "completeness_error")  # of a path's refinement
 # A page is what it says it is, stands in no frame of another site, and tells no other site where it is.
 PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
@@ -109,6 +110,11 @@ class Explanation:
         measured = (outcome for _, outcome in self.measured.values() if isinstance(outcome, Result))
         return self.explained.evaluations + sum(outcome.evaluations for outcome in measured)
 
+    @property
+    def legend(self) -> str:
+        """What the colours of its pictures say."""
+        return self.drawn.scale.meaning(self.job.signed)
+
     @cached_property
     def values(self) -> Map:
         """The map [H, W], summed over channels."""
@@ -145,7 +151,7 @@ class Explanation:
                 "height": self.values.shape[0],
                 "minimum": float(self.values.min()),
                 "maximum": float(self.values.max()),
-                "scale": {"colormap": drawn.scale.colormap, "from": drawn.scale.lowest, "to": drawn.scale.limit},
+                "scale": drawn.scale.as_json(),
                 "overlay_png": _base64(small_png(drawn.overlay)),
                 "heatmap_png": _base64(png(drawn.heatmap)),
             },
@@ -157,13 +163,15 @@ class Explanation:
             told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
         if self.parameters.values:
             told["values"] = _encoded(self.values)
+            if attribution.refinement:
+                told["refinement"] = [dict(zip(ROUND, one, strict=True)) for one in attribution.refinement]
         return told
 
     @cached_property
     def drawn(self) -> "Drawn":
         """The map's pictures."""
         values, seen = fitted(self.values, self.picture.seen)
-        scale = Scale.of(values, self.job.signed, self.parameters.colormap, self.parameters.clip)
+        scale = Scale.of(values, self.job.signed, self.parameters.colormap, self.parameters.clip, self.job.unit)
         overlay = draw_overlay(values, scale, seen, self.parameters.overlay)
         return Drawn(scale, seen, draw_heatmap(values, scale), overlay)
 

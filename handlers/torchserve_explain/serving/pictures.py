@@ -4,17 +4,17 @@ import io
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import ceil, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from torchserve_explain.serving.colormaps import DIVERGING, DIVERGING_DEFAULT, SEQUENTIAL_DEFAULT, table
+from torchserve_explain.serving.lettering import drawable, length, write
 
 Map = NDArray[np.float32]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, PAPER = (235, 235, 235), (24, 24, 28)
 LARGEST_SIDE = 256  # to which a large map is reduced, in pixels; the values travel at full size when asked for
 SMALLEST_SIDE, LARGEST_ENLARGED = 224, 336  # that a small map's shorter side should have, and its longer at most
@@ -29,9 +29,10 @@ class Scale:
 
     colormap: str
     limit: float
+    unit: str | None = None  # of the values, where they are amounts of the score
 
     @classmethod
-    def of(cls, values: Map, signed: bool, colormap: str | None, clip: float) -> "Scale":
+    def of(cls, values: Map, signed: bool, colormap: str | None, clip: float, unit: str | None = None) -> "Scale":
         """Choose the scale of a map: `clip` is the percentile of |value| that gets full colour.
 
         A signed map gets a diverging colour map unless another is named; a sequential one shows its positive part.
@@ -40,12 +41,22 @@ class Scale:
         size = np.abs(values) if name in DIVERGING else values.clip(min=0)
         limit = float(np.percentile(size, clip))
         # A sparse map may have nothing below its percentile; a map of zeros has no scale at all.
-        return cls(name, limit or float(size.max()))
+        return cls(name, limit or float(size.max()), unit)
 
     @property
     def lowest(self) -> float:
         """The value that the first colour stands for: zero lies at the start of the colours, or in their middle."""
         return -self.limit if self.colormap in DIVERGING else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the contract's form of it."""
+        return {"colormap": self.colormap, "from": self.lowest, "to": self.limit, "unit": self.unit}
+
+    def meaning(self, signed: bool) -> str:
+        """Return what the colours of a map say."""
+        if self.colormap in DIVERGING:
+            return "{} raised the score, {} lowered it".format(*self.colormap.split("_")).capitalize()
+        return "The brighter, the more " + ("it raised the score" if signed else "the score depends on it")
 
     def strength(self, values: Map) -> Map:
         """Return each value as a fraction of full colour, 0..1, or -1..1 with a diverging colour map."""
@@ -92,13 +103,12 @@ def draw_overlay(values: Map, scale: Scale, seen: Image.Image, opacity: float) -
 
 
 def draw_scale(scale: Scale, width: int) -> Image.Image:
-    """Draw the colours with the values of their ends, `width` x STRIP pixels."""
+    """Draw the colours with the values of their ends and their unit, `width` x STRIP pixels."""
     strip = Image.new("RGB", (width, STRIP), PAPER)
-    pen, font = ImageDraw.Draw(strip), _font(10)
-    texts = (f"{scale.lowest:.2g}", f"{scale.limit:.2g}")
-    left, right = (int(pen.textlength(text, font)) + 6 for text in texts)
-    pen.text((3, STRIP // 2), texts[0], INK, font, anchor="lm")
-    pen.text((width - 3, STRIP // 2), texts[1], INK, font, anchor="rm")
+    texts = (f"{scale.lowest:.2g}", f"{scale.limit:.2g} {scale.unit or ''}".rstrip())
+    left, right = (int(length(text, 10)) + 6 for text in texts)
+    for text, at in zip(texts, (3, width - right + 3), strict=True):
+        write(strip, (at, STRIP // 2), text, 10, INK, "lm")
     if width > left + right:
         colours = Image.fromarray(table(scale.colormap)[None])
         strip.paste(colours.resize((width - left - right, STRIP - 4), Image.Resampling.BILINEAR), (left, 2))
@@ -126,43 +136,37 @@ class Cell:
 def contact_sheet(cells: Sequence[Cell]) -> Image.Image:
     """Draw the cells side by side, each under its title and above its scale."""
     columns = ceil(sqrt(len(cells)))
-    font, small, gap, head = _font(13), _font(11), 8, 34
+    gap, head = 8, 34
     width = max(max(cell.picture.width for cell in cells), 160) + gap
     height = max(cell.picture.height for cell in cells) + head + STRIP + gap
     sheet = Image.new("RGB", (columns * width + gap, -(-len(cells) // columns) * height + gap), PAPER)
-    pen = ImageDraw.Draw(sheet)
     for index, cell in enumerate(cells):
         x, y = gap + index % columns * width, gap + index // columns * height
-        pen.text((x, y), _shortened(pen, cell.title, font, width - gap), INK, font)
-        pen.text((x, y + 17), _shortened(pen, cell.subtitle, small, width - gap), INK, small)
+        write(sheet, (x, y), _shortened(cell.title, 13, width - gap), 13, INK)
+        write(sheet, (x, y + 17), _shortened(cell.subtitle, 11, width - gap), 11, INK)
         sheet.paste(cell.picture.convert("RGB"), (x, y + head))
         if cell.scale is not None:
             sheet.paste(draw_scale(cell.scale, cell.picture.width), (x, y + head + cell.picture.height))
     return sheet
 
 
-def _shortened(pen: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
-    """Shorten a text to one line of a width in pixels."""
-    text = " ".join(text.split())[:200]
-    if pen.textlength(text, font) <= width:
+def _shortened(text: str, size: int, width: int) -> str:
+    """Shorten a text to one line of a width in pixels, in letters that some font here has."""
+    text = drawable(" ".join(text.split())[:200], size)
+    if length(text, size) <= width:
         return text
 
-    def too_long(length: int) -> bool:
-        return pen.textlength(text[:length] + "...", font) > width
+    def too_long(letters: int) -> bool:
+        return length(text[:letters] + "...", size) > width
 
     return text[: bisect_left(range(1, len(text)), True, key=too_long)] + "..."
-
-
-@cache
-def _font(size: int) -> Font:
-    return ImageFont.load_default(size)
 
 
 def fitted(values: Map, seen: Image.Image) -> tuple[Map, Image.Image]:
     """Return map and image at a size fit to be looked at and sent.
 
     Larger than LARGEST_SIDE, both are averaged down. Where the shorter side is below SMALLEST_SIDE, they are enlarged
-    by a whole factor as far as the longer side allows: each value becomes a square, the image stays smooth.
+    as far as the longer side allows, by a whole factor where one fits: each value becomes a square, the image stays smooth.
     """
     height, width = values.shape
     ratio = LARGEST_SIDE / max(height, width)
@@ -170,11 +174,13 @@ def fitted(values: Map, seen: Image.Image) -> tuple[Map, Image.Image]:
         size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
         smaller = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
         return smaller, seen.resize(size, Image.Resampling.BOX)
-    factor = max(1, min(ceil(SMALLEST_SIDE / min(height, width)), LARGEST_ENLARGED // max(height, width)))
-    if factor == 1:
+    whole = min(ceil(SMALLEST_SIDE / min(height, width)), LARGEST_ENLARGED // max(height, width))
+    factor = whole if whole > 1 else min(SMALLEST_SIDE / min(height, width), LARGEST_ENLARGED / max(height, width))
+    if factor <= 1:
         return values, seen
-    larger = values.repeat(factor, 0).repeat(factor, 1)
-    return larger, seen.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+    size = (round(width * factor), round(height * factor))
+    larger = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
+    return larger, seen.resize(size, Image.Resampling.BICUBIC)
 
 
 def compact(values: Map) -> Map | NDArray[np.float16]:

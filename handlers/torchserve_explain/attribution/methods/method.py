@@ -68,12 +68,14 @@ Deviation = Annotated[float, Range("a fraction of the input's range from 0 to 1"
 class Attribution:
     """A map [channels, H, W] of contributions, summed over its channels when shown (positive: raises the score).
 
-    `baseline_score` and `completeness_error` are None where the method has no completeness axiom.
+    `baseline_score` and `completeness_error` are None where the method has no completeness axiom. `refinement` holds
+    rows and completeness error after each round of a path that was refined.
     """
 
     map: Tensor
     baseline_score: float | None = None
     completeness_error: float | None = None
+    refinement: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

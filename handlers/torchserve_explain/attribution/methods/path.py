@@ -117,15 +117,19 @@ class _Path:
         first, last = nodes[0], nodes[-1]
         intervals = [_Interval(left, right) for left, right in pairwise(nodes)]
         heapq.heapify(intervals)
-        while (left_over := self._case.budget - len(intervals) - 1) > 0:
+
+        def latest() -> tuple[int, float]:
             rise = sum(interval.rise for interval in intervals)
-            if completeness_error(rise, last.score, first.score) <= max_error:
-                break
+            return len(intervals) + 1, completeness_error(rise, last.score, first.score)
+
+        refinement = [latest()]
+        while refinement[-1][1] > max_error and (left_over := self._case.budget - refinement[-1][0]) > 0:
             worst = [heapq.heappop(intervals) for _ in range(min(BISECTED_AT_ONCE, left_over))]
             middles = yield from self._nodes([(interval.left.t + interval.right.t) / 2 for interval in worst])
             for interval, middle in zip(worst, middles, strict=True):
                 heapq.heappush(intervals, _Interval(interval.left, middle))
                 heapq.heappush(intervals, _Interval(middle, interval.right))
+            refinement.append(latest())
         attribution = torch.zeros_like(self._step)
         for interval in intervals:
             if rule is PathRule.IDGI:
@@ -136,7 +140,7 @@ class _Path:
         if rule is PathRule.RIEMANN:
             attribution *= self._step
         error = completeness_error(float(attribution.sum()), last.score, first.score)
-        return Attribution(attribution, first.score, error)
+        return Attribution(attribution, first.score, error, tuple(refinement))
 
     def _points(self, at: Tensor) -> Callable[[int, int], Tensor]:
         return lambda start, stop: torch.lerp(self._baseline, self._case.input, at[start:stop, None, None, None])
