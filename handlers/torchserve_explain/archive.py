@@ -89,7 +89,7 @@ def load_classifier(
 
 
 def _refer(classifier: Classifier, folder: Path, settings: Settings) -> None:
-    """Give a classifier the pictures of a folder, if there are any, as references; raises ArchiveError naming one that is none."""
+    """Give a classifier the pictures of a folder, if any, as references; raises ArchiveError naming one that is none."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     if len(paths) > MOST_REFERENCES:
         raise ArchiveError(f"{len(paths)} references; allowed: at most {MOST_REFERENCES}")

@@ -21,7 +21,8 @@ BLUR_FRACTION = 20 / 224
 class Baseline(StrEnum):
     """The baselines by name; `mean` is the mean of the classifier's training images, its normalisation's mean.
 
-    `references` are the classifier's own images, each of which counts alike: what is told is the mean over them.
+    `references` are the classifier's own images. Paths and DeepLIFT are the mean over all of them; methods that hide parts of
+    the image in many rows take them in turn.
     """
 
     BLACK = "black"

@@ -17,7 +17,17 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both, together
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error, known_error, rise
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
+from torchserve_explain.attribution.methods.method import (
+    Attribution,
+    Case,
+    Deviation,
+    Draw,
+    MaxError,
+    Method,
+    Samples,
+    Steps,
+    stacked,
+)
 from torchserve_explain.attribution.rows import Evaluation
 
 FIRST_INTERVALS = 8  # of the bisected path
@@ -49,8 +59,8 @@ class IntegratedGradients(Method):
     name: ClassVar[str] = "integrated_gradients"
 
     baseline: Baseline = Baseline.BLACK
-    max_error: float = 0.05
-    steps: int | None = None
+    max_error: MaxError = 0.05
+    steps: Steps = None
     rule: PathRule = PathRule.RIEMANN
 
     @property
@@ -242,8 +252,8 @@ class GradientShap(Method):
     name: ClassVar[str] = "gradient_shap"
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 50
-    stdev: float = 0.0
+    samples: Samples = 50
+    stdev: Deviation = 0.0
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples + (self.samples if self.baseline is Baseline.NOISE else self.baseline.score_rows)
