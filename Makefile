@@ -6,13 +6,13 @@ SERVERS := .venv-servers/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: serve test test-servers test-bulk demo study bench bench-growth bench-serve soak support site lint setup clean
+.PHONY: serve test test-servers test-bulk demo study bench bench-growth bench-serve soak support pictures site lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
 
 test: setup  ## run all tests, a live server among them
-	@$(RUN) -m pytest -n 2 --dist loadfile
+	@$(RUN) -m pytest -n 2 --dist loadfile $(if $(COVERAGE),--cov)
 
 test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve (make test has TorchServe)
 	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py -k 'not torchserve'
@@ -25,6 +25,10 @@ demo: setup  ## serve, predict, explain a photo with every method, write demo/, 
 
 support: setup  ## write docs/architectures.md's table anew
 	@PYTHONPATH=tests $(RUN) -m support
+
+pictures: setup  ## draw the documentation's pictures of the product anew
+	@PYTHONPATH=.:tests:handlers $(RUN) -m documentation_pictures
+	@PYTHONPATH=.:tests:handlers $(RUN) -m watching_pictures
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
 	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))

@@ -371,7 +371,7 @@ def test_the_first_explanation_comes_unasked_and_the_button_stays_in_reach(opene
 def test_a_path_tells_how_it_was_refined_and_how_far_to_trust_it(opened):
     page = opened()
     open_settings(page)
-    page.fill("#field-max_error", "0.000001")
+    page.fill("#field-max_error", "0.001")
     give(page)
     finished(page)
     assert re.fullmatch(r"[✓!] Completeness error [\d.]+ %", page.text_content(".badges li"))
@@ -434,6 +434,7 @@ def test_what_was_answered_is_not_asked_again(opened):
     explain(page, "integrated_gradients", "grad_cam")
     assert asked.count("POST") == 3 and len(page.query_selector_all(".card")) == 2
     give(page, PHOTO | {"name": "another.jpg"})
+    wait_for_text(page, "#preview-name", "^another.jpg$")
     finished(page)
     assert asked.count("POST") == 6
 

@@ -1,6 +1,6 @@
 """Draws docs/watching.png: what Prometheus' own page shows of a server under load, whose worker is killed meanwhile.
 
-PYTHONPATH=.:tests:handlers python -m watching_pictures
+`make pictures` runs it.
 """
 
 import io

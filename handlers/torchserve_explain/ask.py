@@ -33,7 +33,8 @@ def drawn(found: ExplainedImage) -> Image.Image:
 
 
 def _scale(one: ExplainedMap) -> Scale:
-    return Scale(one.heatmap.scale.colormap, one.heatmap.scale.highest)
+    scale = one.heatmap.scale
+    return Scale(scale.colormap, scale.highest, scale.unit)
 
 
 def tell(found: ExplainedImage, draw: bool) -> None:

@@ -54,7 +54,7 @@ def show(server: Server, out: Path, console: Console) -> None:
                 Image.open(io.BytesIO(overlay)),
                 method,
                 "" if error is None else f"completeness error {told_error}",
-                Scale(scale["colormap"], scale["to"]),
+                Scale(scale["colormap"], scale["to"], scale["unit"]),
             )
         )
         cost = (f"{one['target']['score']:.2f}", str(one["evaluations"]), told_error, f"{one['milliseconds']:.0f}")

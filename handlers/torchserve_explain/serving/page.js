@@ -50,6 +50,7 @@ async function take(file) {
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
   photo = { file, bitmap, address: URL.createObjectURL(file) };
   answers.clear();
+  clear();
   find("main").classList.add("given");
   find("#seen").hidden = false;
   Object.assign(find("#preview"), { src: photo.address, hidden: !bitmap, alt: `Your photo, ${file.name}` });
@@ -150,14 +151,19 @@ async function explainOne(method, signal) {
   }
 }
 
+function clear() {
+  find("#cards").replaceChildren();
+  offerComparison(maps = []);
+  find("#empty").hidden = true;
+  say("");
+}
+
 function showProgress(count) {
   const start = performance.now();
   let current = "";
   const seconds = () => { find("#elapsed").textContent = `${current} · ${((performance.now() - start) / 1000).toFixed(1)} s`; };
   const timer = setInterval(seconds, 100);
-  find("#cards").replaceChildren();
-  offerComparison(maps = []);
-  find("#empty").hidden = true;
+  clear();
   find("#progress").hidden = false;
   return {
     began(done, method) {
