@@ -55,7 +55,7 @@ class Xrai(Method):
         gradients = yield from self.path.attribute(case)
         attribution = gradients.map.sum(0).double().cpu().numpy()
         density = yield from background(lambda: gathered(attribution, segments(case)))
-        return Attribution(torch.from_numpy(density).to(case.input)[None])
+        return Attribution(torch.from_numpy(density).to(case.input)[None], refinement=gradients.refinement)
 
 
 def segments(case: Case) -> Masks:
