@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 from experiments.output import arguments, carried_out, heatmap, overlaid, save_sheet, write
-from experiments.trained import PACK
+from experiments.trained import PACK, Row
 from study.techniques import EIGHT, Technique
 from torchserve_explain.archiver import read_weights
 from torchserve_explain.attribution.classifier import Classifier
@@ -30,8 +30,6 @@ CHEAP = tuple(Technique(name, METHODS[name]()) for name in ("grad_cam", "biased_
 REPORTED = dict(zip((one.name for one in EIGHT), (0.400, 0.104, 0.088, 1.040, 0.030, 3.567, 0.152, 0.155), strict=True))
 SQUEEZENET = "squeezenet1_1"
 
-Row = dict[str, object]
-
 
 def main() -> None:
     """Run the experiment that the command line asks for."""
@@ -39,9 +37,7 @@ def main() -> None:
     names = ["lite0", *([SQUEEZENET] if options.squeezenet is not None else [])]
     tables: dict[str, list[Row]] = {}
     for name in names:
-        picture = read_picture(
-            options.data.read_bytes(), preprocessing_for(name if name != SQUEEZENET else "resnet18", 224), PIXELS
-        )
+        picture = read_picture(options.data.read_bytes(), preprocessing_of(name), PIXELS)
         engine = engine_of(name, options.squeezenet)
         tables[name] = measure(engine, picture, options.perturbations, options.out / f"{name}.jpg")
     write(options.out, {"perturbations": options.perturbations}, tables)

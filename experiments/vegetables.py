@@ -7,7 +7,7 @@ holds it, the price's label, the container) on 29 of the test pictures.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from experiments.charts import save_confusion, save_curves
 from experiments.output import arguments, carried_out, heatmap, overlaid, save_sheet, write
 from experiments.regions import share
 from experiments.segmentation import Mask, Pixels, without
-from experiments.trained import Trained, train
+from experiments.trained import Row, Trained, accuracies, train
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.cam import GradCam
@@ -51,8 +52,6 @@ ELSEWHERE = {  # ImageNet's names of classes that are sold here too
 }
 MISTAKES = 12  # that are drawn
 
-Row = dict[str, object]
-
 
 def main() -> None:
     """Run the experiment that the command line asks for."""
@@ -73,6 +72,8 @@ def main() -> None:
     tables["outlined pictures with a part taken out"] = taken_out(tuned, outlined)
     draw_outlined(tuned, outlined, pictures)
     tables["mistakes"] = draw_mistakes(tuned, samples["test"], images, pictures)
+    save_curves(pictures / "curves.png", {"tuned": tuned.metrics, "cnn": cnn.metrics})
+    save_confusion(pictures / "confusion.png", tuned.metrics)
     draw_means(tuned, samples["test"], images, pictures)
     if options.photos is not None:
         tables["photos from elsewhere"] = elsewhere(tuned, options.photos, pictures)
@@ -83,17 +84,6 @@ def _more(command: argparse.ArgumentParser) -> None:
     command.add_argument("--epochs", type=int, default=10, help="of the pretrained network (default: %(default)s)")
     command.add_argument("--cnn-epochs", type=int, default=15, help="of the CNN from nothing (default: %(default)s)")
     command.add_argument("--photos", type=Path, help="a folder of ImageNet photos called WNID_class_name.JPEG")
-
-
-def accuracies(every: Mapping[str, Trained]) -> list[Row]:
-    """Return each classifier's accuracy and loss on the validation and test images, and its training time."""
-    rows: list[Row] = []
-    for name, trained in every.items():
-        row: Row = {"classifier": name, "epochs": len(trained.metrics["epochs"])}
-        for split in ("val", "test"):
-            row |= {f"{split} {key}": trained.metrics[split][key] for key in ("accuracy", "loss")}
-        rows.append(row)
-    return rows
 
 
 def explain_carrots(trained: Trained, paths: Sequence[Path], out: Path) -> list[Row]:
