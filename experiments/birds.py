@@ -82,8 +82,8 @@ def explain_coots(trained: Trained, data: Path, out: Path) -> list[Row]:
             means.append((heatmap(mean), name, f"mean of {len(maps)}"))
         for cells, image, values in zip(examples, images, maps, strict=False):
             cells.append((overlaid(image, values), name, f"why {COOT}"))
-    save_sheet(out / "pictures" / "coots.jpg", [cell for cells in examples for cell in cells], 160, 1 + len(METHODS))
-    save_sheet(out / "pictures" / "means.jpg", means, 160, len(METHODS))
+    save_sheet(out / "pictures" / "coots.webp", [cell for cells in examples for cell in cells], 160, 1 + len(METHODS))
+    save_sheet(out / "pictures" / "means.webp", means, 160, len(METHODS))
     return rows
 
 

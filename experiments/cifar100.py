@@ -88,8 +88,8 @@ def layer_maps(name: str, trained: Trained, folder: Path, options: argparse.Name
         means.append((heatmap(mean), layer, f"{grid}, mean of {len(maps)}"))
     centre = [centred(images[0].shape[0])] * len(images)
     yield {"network": name, "layer": "the image's centre", "grid": "-", **worth(trained, images, targets, centre)}
-    save_sheet(options.out / "pictures" / f"{name}.jpg", cells, 112, SHOWN)
-    save_sheet(options.out / "pictures" / f"{name} means.jpg", means, 112, len(means))
+    save_sheet(options.out / "pictures" / f"{name}.webp", cells, 112, SHOWN)
+    save_sheet(options.out / "pictures" / f"{name} means.webp", means, 112, len(means))
 
 
 def last_layers(trained: Trained) -> dict[str, str]:

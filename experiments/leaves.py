@@ -185,8 +185,8 @@ def _draw(out: Path, maps: Mapping[str, Sequence[Map]], scenes: Sequence[tuple[i
             pixels = scenes[place][1].pixels
             cells.append((Image.fromarray(pixels), name, f"test picture {place}"))
             cells += [(overlaid(pixels, values[place]), name, method) for method, values in maps.items()]
-    save_sheet(out / "means.jpg", means, 160, 4)
-    save_sheet(out / "examples.jpg", cells, 160, 6)
+    save_sheet(out / "means.webp", means, 160, 4)
+    save_sheet(out / "examples.webp", cells, 160, 6)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     for name in names:
         picture = read_picture(options.data.read_bytes(), preprocessing_of(name), PIXELS)
         engine = engine_of(name, options.squeezenet)
-        tables[name] = measure(engine, picture, options.perturbations, options.out / f"{name}.jpg")
+        tables[name] = measure(engine, picture, options.perturbations, options.out / f"{name}.webp")
     write(options.out, {"perturbations": options.perturbations}, tables)
 
 

@@ -50,7 +50,7 @@ ELSEWHERE = {  # ImageNet's names of classes that are sold here too
     "mushroom": "Mushroom",
     "bell_pepper": "Pepper",
 }
-MISTAKES = 12  # that are drawn
+MISTAKES = 8  # that are drawn
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def explain_carrots(trained: Trained, paths: Sequence[Path], out: Path) -> list[
         for name in ("grad_cam", "biased_layer"):
             (values,) = trained.maps([pixels], [target], ALL[name])
             cells.append((overlaid(pixels, values), name, "of the logit"))
-    save_sheet(out / "carrots.jpg", cells, 160, 6)
+    save_sheet(out / "carrots.webp", cells, 160, 6)
     return rows
 
 
@@ -182,7 +182,7 @@ def draw_outlined(trained: Trained, outlined: Sequence[Outlined], out: Path) -> 
     for (_, pixels, label, _), values, own in zip(hands, maps, probabilities, strict=True):
         told = f"{trained.classes[int(own.argmax())]} {float(own.max()):.2f}"
         cells.append((overlaid(pixels, values), f"is {trained.classes[label]}", f"taken for {told}"))
-    save_sheet(out / "hands.jpg", cells, 150, 6)
+    save_sheet(out / "hands.webp", cells, 150, 6)
 
 
 def draw_mistakes(trained: Trained, samples: Sequence[Sample], images: Sequence[Pixels], out: Path) -> list[Row]:
@@ -201,7 +201,7 @@ def draw_mistakes(trained: Trained, samples: Sequence[Sample], images: Sequence[
             maps, (predicted[place], truth[place]), (f"taken for it, {sure}", "what it is"), strict=True
         ):
             cells.append((overlaid(pixels, values), f"why {trained.classes[target]}", why))
-    save_sheet(out / "mistakes.jpg", cells, 150, 6)
+    save_sheet(out / "mistakes.webp", cells, 150, 6)
     pairs = [(trained.classes[truth[place]], trained.classes[predicted[place]]) for place in wrong]
     order = sorted(set(pairs), key=lambda pair: -pairs.count(pair))
     return [{"is": own, "taken for": other, "pictures": pairs.count((own, other))} for own, other in order]
@@ -217,7 +217,7 @@ def draw_means(trained: Trained, samples: Sequence[Sample], images: Sequence[Pix
         mean = mean_map(own)
         if mean is not None:
             cells.append((heatmap(mean), name, f"mean of {len(own)}"))
-    save_sheet(out / "means.jpg", cells, 120, 5)
+    save_sheet(out / "means.webp", cells, 120, 5)
 
 
 def elsewhere(trained: Trained, photos: Path, out: Path) -> list[Row]:
@@ -237,7 +237,7 @@ def elsewhere(trained: Trained, photos: Path, out: Path) -> list[Row]:
         )
         (values,) = trained.maps([pixels], [best], ALL["grad_cam"])
         cells.append((overlaid(pixels, values), f"is {label}", f"taken for {trained.classes[best]}"))
-    save_sheet(out / "elsewhere.jpg", cells, 160, 5)
+    save_sheet(out / "elsewhere.webp", cells, 160, 5)
     return rows
 
 
