@@ -21,6 +21,7 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.quality import Deletion, Insertion
 from torchserve_explain.serving.settings import Preprocessing
 
+CHARTS = ("curves", "confusion")
 GREEN, BROWN, GREY, BLUE = (60, 130, 40), (120, 75, 40), (150, 145, 150), (40, 60, 200)
 
 
@@ -178,7 +179,7 @@ def test_the_vegetables_command(monkeypatch, tmp_path):
         found = [row for row in parts if row["method"] == method and row["part"] in ("vegetable", "anything else")]
         assert all(0 <= row["share"] <= 1 and row["pictures"] == 7 for row in found)
     assert tables["photos from elsewhere"][0]["is"] == "Cucumber"
-    assert {"carrots.webp", "hands.webp", "mistakes.webp", "means.webp", "elsewhere.webp", "curves.png", "confusion.png"} == pictures
+    assert {path.partition(".")[0] for path in pictures} == {*("carrots", "hands", "mistakes", "means", "elsewhere"), *CHARTS}
 
 
 @pytest.mark.live
