@@ -46,14 +46,14 @@ class MaskFolder:
 class BoxFile:
     """A CSV with a line for each box: `file` is the picture's path, or its name where only one has it; raises ArchiveError."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, pixel_limit: int) -> None:
         self._boxes: dict[str, list[list[float]]] = defaultdict(list)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             lines = csv.DictReader(stream)
             if missing := [name for name in ("file", *EDGES) if name not in (lines.fieldnames or ())]:
                 raise ArchiveError(f"{file} has no column {missing[0]}; allowed: file, {', '.join(EDGES)}")
             for line in lines:
-                self._boxes[line["file"]].append(_edges(line, f"{file}, line {lines.line_num}"))
+                self._boxes[line["file"]].append(_edges(line, f"{file}, line {lines.line_num}", pixel_limit))
         names = Counter(PurePosixPath(path).name for path in self._boxes)
         self._named = {name: path for path in self._boxes if names[name := PurePosixPath(path).name] == 1}
 
@@ -68,14 +68,15 @@ class BoxFile:
         return mask
 
 
-def _edges(line: dict[str, str], where: str) -> list[float]:
+def _edges(line: dict[str, str], where: str, pixel_limit: int) -> list[float]:
     """Return a box's edges and its picture's size."""
     try:
         left, top, right, bottom, width, height = edges = [float(line[name]) for name in EDGES]
     except (TypeError, ValueError):
         raise ArchiveError(f"{where}: allowed: numbers as {', '.join(EDGES)}") from None
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ArchiveError(f"{where}: allowed: 0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height")
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height and width * height <= pixel_limit):
+        allowed = f"0 <= xmin < xmax <= width, 0 <= ymin < ymax <= height, and at most {pixel_limit} pixels"
+        raise ArchiveError(f"{where}: allowed: {allowed}")
     return edges
 
 
@@ -118,7 +119,7 @@ def read_truth(
     masks: Path | None, boxes: Path | None, data: Path, paths: Iterable[str], preprocessing: Preprocessing, pixel_limit: int
 ) -> Truth | None:
     """Return the ground truth of pictures by their paths in `data`, None where none is given; raises ArchiveError, OSError."""
-    source = MaskFolder(masks, pixel_limit) if masks else BoxFile(boxes) if boxes else None
+    source = MaskFolder(masks, pixel_limit) if masks else BoxFile(boxes, pixel_limit) if boxes else None
     if source is None:
         return None
     if not any(source.knows(path) for path in paths):
