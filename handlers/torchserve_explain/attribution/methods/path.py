@@ -15,7 +15,17 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error, known_error
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
+from torchserve_explain.attribution.methods.method import (
+    Attribution,
+    Case,
+    Deviation,
+    Draw,
+    MaxError,
+    Method,
+    Samples,
+    Steps,
+    stacked,
+)
 from torchserve_explain.attribution.rows import Evaluation
 
 FIRST_INTERVALS = 8  # of the bisected path
@@ -45,8 +55,8 @@ class IntegratedGradients(Method):
     name: ClassVar[str] = "integrated_gradients"
 
     baseline: Baseline = Baseline.BLACK
-    max_error: float = 0.05
-    steps: int | None = None
+    max_error: MaxError = 0.05
+    steps: Steps = None
     rule: PathRule = PathRule.RIEMANN
 
     @property
@@ -187,8 +197,8 @@ class GradientShap(Method):
     name: ClassVar[str] = "gradient_shap"
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 50
-    stdev: float = 0.0
+    samples: Samples = 50
+    stdev: Deviation = 0.0
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples + (self.samples if self.baseline is Baseline.NOISE else 1)

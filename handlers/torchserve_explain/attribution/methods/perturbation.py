@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, Samples, stacked
 from torchserve_explain.attribution.rows import Evaluation
 
 CELLS = 7  # across a random mask
@@ -76,7 +76,7 @@ class Rise(Method):
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 300
+    samples: Samples = 300
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples

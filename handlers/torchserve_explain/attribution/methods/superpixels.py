@@ -13,13 +13,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, background
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error
-from torchserve_explain.attribution.methods.method import (
-    Attribution,
-    Case,
-    Draw,
-    Method,
-    pixels_of,
-)
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, Samples, pixels_of
 
 SEGMENTS = 50  # about; SLIC decides
 KERNEL_WIDTH = 0.25  # of LIME's kernel, in cosine distance
@@ -72,7 +66,7 @@ class Lime(Method):
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 200
+    samples: Samples = 200
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples
@@ -109,7 +103,7 @@ class KernelShap(Method):
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 200
+    samples: Samples = 200
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples + 2  # all regions, and none
