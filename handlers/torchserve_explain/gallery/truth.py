@@ -81,10 +81,10 @@ def _edges(line: dict[str, str], where: str, pixel_limit: int) -> list[float]:
 
 
 class Truth:
-    """Masks as the model sees them; `missing` holds the pictures without one, and why."""
+    """Masks of the pictures of a folder `data`, as the model sees them; `missing` holds those without one, and why."""
 
     def __init__(self, source: Source, data: Path, preprocessing: Preprocessing, pixel_limit: int) -> None:
-        self._source, self._data, self._preprocessing, self._limit = source, data, preprocessing, pixel_limit
+        self._source, self.data, self._preprocessing, self._limit = source, data, preprocessing, pixel_limit
         self.missing: dict[str, str] = {}
 
     def mask(self, path: str) -> Mask | None:
@@ -105,7 +105,7 @@ class Truth:
             return None
 
     def _picture(self, path: str) -> Picture:
-        return read_picture((self._data / path).read_bytes(), self._preprocessing, self._limit)
+        return read_picture((self.data / path).read_bytes(), self._preprocessing, self._limit)
 
 
 def add_truth_arguments(command: argparse.ArgumentParser) -> None:
