@@ -172,8 +172,9 @@ class Classifier:
         return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))
 
     def _grid(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a layer's output, or a gradient there, as [n, channels, h, w]."""
-        return self.spatial_layers[name].channels_first(tensor.detach()).to(self.dtype)
+        """Return a layer's output, or a gradient there, as [n, channels, h, w]; that of a rule's own layer as it is."""
+        grid = self.spatial_layers.get(name)
+        return (tensor.detach() if grid is None else grid.channels_first(tensor.detach())).to(self.dtype)
 
     @property
     def differentiable(self) -> bool:

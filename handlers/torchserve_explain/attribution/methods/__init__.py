@@ -1,5 +1,6 @@
 """The methods by name, in the order in which they are listed: one small class each, in the file of its family."""
 
+from torchserve_explain.attribution.methods.attention import AttentionRollout
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.deep_lift import DeepLift
@@ -21,6 +22,7 @@ _LISTED: tuple[type[Method], ...] = (
     LayerCam,
     HiResCam,
     EigenCam,
+    AttentionRollout,
     Sensitivity,
     Saliency,
     InputXGradient,
