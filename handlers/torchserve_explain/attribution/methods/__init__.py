@@ -4,6 +4,7 @@ from torchserve_explain.attribution.methods.attention import AttentionRollout
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.deep_lift import DeepLift
+from torchserve_explain.attribution.methods.full_gradient import FullGrad
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from torchserve_explain.attribution.methods.lrp import LayerwiseRelevance
@@ -23,6 +24,7 @@ _LISTED: tuple[type[Method], ...] = (
     HiResCam,
     EigenCam,
     AttentionRollout,
+    FullGrad,
     Sensitivity,
     Saliency,
     InputXGradient,
