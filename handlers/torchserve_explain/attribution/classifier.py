@@ -97,6 +97,14 @@ class Classifier:
         other._changed = _changes(other._model)
         return other
 
+    def shuffled(self, seed: int = 0) -> "Classifier":
+        """Return a classifier of the same layers in each of whose parameters the values have changed places."""
+        model, random = copy.deepcopy(self._model), torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            places = torch.randperm(parameter.numel(), generator=random).to(parameter.device)
+            parameter.data = parameter.data.flatten()[places].view(parameter.shape).contiguous()
+        return Classifier(model, self.normalization, self.example.shape[-2:], self.device, head=self.head)
+
     @property
     def last_layer(self) -> str | None:
         """The last layer with a spatial output larger than 1 x 1, or None where the model has none."""

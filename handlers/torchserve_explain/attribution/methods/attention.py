@@ -14,7 +14,6 @@ from torchserve_explain.attribution.methods.cam import enlarged
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 from torchserve_explain.errors import Unsupported
 
-
 NONE = "it has no attention among all of its patches"
 
 
@@ -72,10 +71,12 @@ class AttentionRollout(Method):
             rule = _rollout(_grid(classifier))
         except Unsupported as reason:
             return str(reason)
-        if reason := classifier.refusal(rule, classifier.example):
-            return reason
-        found = classifier.evaluate(classifier.example, [0], [], gradient=True, layers=[TOTAL], rule=rule).layers[TOTAL]
-        return None if bool(found.gradient.any()) else NONE
+        return classifier.refusal(rule, classifier.example) or _nothing(classifier, rule)
+
+
+def _nothing(classifier: Classifier, rule: Rollout) -> str | None:
+    found = classifier.evaluate(classifier.example, [0], [], gradient=True, layers=[TOTAL], rule=rule)
+    return None if bool(found.layers[TOTAL].gradient.any()) else NONE
 
 
 def _grid(classifier: Classifier) -> Grid:
