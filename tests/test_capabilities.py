@@ -14,7 +14,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.serving.page import sample, try_it_page
-from torchserve_explain.serving.parameters import OUTPUTS, Labels, Parameters
+from torchserve_explain.serving.parameters import OUTPUTS, PARAMETERS, Labels
 from torchserve_explain.serving.planning import Planner
 from torchserve_explain.serving.settings import Explanations
 
@@ -52,8 +52,8 @@ def test_the_report_tells_every_method_with_what_it_takes():
 
 def test_the_report_tells_every_parameter_with_what_is_allowed():
     told = report()["parameters"]
-    assert list(told) == list(Parameters.model_fields)
-    assert all(told[name]["description"] == field.description for name, field in Parameters.model_fields.items())
+    assert list(told) == list(PARAMETERS)
+    assert all(told[name]["description"] == field.description for name, field in PARAMETERS.items())
     assert told["baseline"]["kind"] == "choice" and told["baseline"]["allowed"] == ["black", "white", "mean", "blur", "noise"]
     assert told["colormap"]["allowed"] == list(report()["colormaps"])
     assert told["output"]["allowed"] == list(OUTPUTS)

@@ -20,7 +20,7 @@ OVER_ALL = {
 FILES = ("methods", "parameters", "capabilities", "openapi", "readme")
 ROOMS = {
     "method": {"handlers/torchserve_explain/attribution/methods"},
-    "parameter": {"handlers/torchserve_explain/attribution/methods", "handlers/torchserve_explain/serving"},
+    "parameter": {"handlers/torchserve_explain/attribution/methods"},
     "output": {"handlers/torchserve_explain/serving"},
 }
 

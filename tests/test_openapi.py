@@ -17,7 +17,7 @@ from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.answer_models import ErrorAnswer, ExplainedImage, Prediction
 from torchserve_explain.serving.answers import RENDERERS
-from torchserve_explain.serving.parameters import OUTPUTS, Parameters, read_parameters
+from torchserve_explain.serving.parameters import OUTPUTS, PARAMETERS, read_parameters
 from torchserve_explain.serving.service import Service
 from torchserve_explain.serving.settings import Settings
 
@@ -115,7 +115,7 @@ def properties(document, kind, path="/explanations/small"):
 
 def test_both_forms_take_every_parameter(document):
     for kind in ("multipart/form-data", "application/json"):
-        assert list(properties(document, kind)) == ["data", *Parameters.model_fields]
+        assert list(properties(document, kind)) == ["data", *PARAMETERS]
         assert list(properties(document, kind, "/predictions/small")) == ["data", "top_k"]
 
 
@@ -130,7 +130,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", Parameters.model_fields)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_schema_allows_what_the_service_allows(service, document, name):
     """JSON's own types; a form's texts stand for them."""
     schema = Draft202012Validator(properties(document, "application/json")[name])

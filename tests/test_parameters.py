@@ -22,18 +22,16 @@ from torchserve_explain.serving.parameters import (
     LONGEST_LIST,
     LONGEST_TEXT,
     OUTPUTS,
+    PARAMETERS,
     Capabilities,
     Labels,
-    Parameters,
     read_parameters,
 )
-
-FIELDS = Parameters.model_fields
 
 
 def kinds(name):
     """The types that a parameter's annotation is made of."""
-    found, left = [], [FIELDS[name].annotation]
+    found, left = [], [PARAMETERS[name].annotation]
     while left:
         kind = left.pop()
         inner = () if get_origin(kind) is Literal else get_args(kind)
@@ -51,12 +49,12 @@ def choices(name):
 
 def bounds(name):
     """The bounds (ge, gt, le, lt) of a number."""
-    return {b: getattr(item, b) for item in FIELDS[name].metadata for b in ("ge", "gt", "le", "lt") if hasattr(item, b)}
+    return {b: getattr(item, b) for item in PARAMETERS[name].metadata for b in ("ge", "gt", "le", "lt") if hasattr(item, b)}
 
 
-NUMBERS = [name for name in FIELDS if bounds(name)]
+NUMBERS = [name for name in PARAMETERS if bounds(name)]
 WHOLE = [name for name in NUMBERS if int in kinds(name)]
-CHOICES = [name for name in FIELDS if choices(name)]
+CHOICES = [name for name in PARAMETERS if choices(name)]
 LISTS = ["method", "layer", "target"]
 
 
@@ -112,21 +110,24 @@ def checked(error):
 
 def test_every_parameter_is_a_number_a_choice_a_list_or_a_truth():
     """So that the tests below leave none out."""
-    assert FIELDS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "audit", "quality", "versus"}
+    assert PARAMETERS.keys() == {*NUMBERS, *CHOICES, *LISTS, "values", "audit", "quality", "versus"}
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_default_is_allowed(name):
-    default = FIELDS[name].default
+    default = PARAMETERS[name].default
     assert getattr(read_parameters({name: as_sent(default)}), name) == default
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_refusal_names_parameter_value_and_what_is_allowed(name):
-    assert refusal({name: {"no": "\u00e9"}}) == f"{name}: {{'no': '\\xe9'}} is not allowed; allowed: {FIELDS[name].description}"
+    assert (
+        refusal({name: {"no": "\u00e9"}})
+        == f"{name}: {{'no': '\\xe9'}} is not allowed; allowed: {PARAMETERS[name].description}"
+    )
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_long_value_is_shortened_in_a_refusal(name):
     message = refusal({name: {"no": "x" * 10_000}})
     assert "xxx..." in message and len(message) < 250
@@ -144,7 +145,7 @@ def test_a_number_may_be_text(name, value):
 
 @pytest.mark.parametrize(("name", "value"), pairs(NUMBERS, outside))
 def test_a_number_beyond_its_bounds_is_refused(name, value):
-    assert refusal({name: value}) == f"{name}: {value!r} is not allowed; allowed: {FIELDS[name].description}"
+    assert refusal({name: value}) == f"{name}: {value!r} is not allowed; allowed: {PARAMETERS[name].description}"
 
 
 CONTRACT = {
@@ -214,13 +215,13 @@ def test_values_that_is_neither_true_nor_false_is_refused(value):
 @pytest.mark.parametrize("name", ["stesp", "data", "Method", "method ", "", "\u00e9" * 100, "\ud800"])
 def test_an_unknown_parameter_is_refused_with_those_allowed(name):
     message = refusal({name: 1})
-    assert message.startswith("unknown parameter") and message.endswith(", ".join(FIELDS))
+    assert message.startswith("unknown parameter") and message.endswith(", ".join(PARAMETERS))
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(list(FIELDS)) | st.text(max_size=20),
+        st.sampled_from(list(PARAMETERS)) | st.text(max_size=20),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -242,12 +243,12 @@ def test_any_junk_is_read_or_refused(given):
 
 
 def test_nothing_given_is_the_default():
-    assert read_parameters({}, {}) == Parameters()
+    assert read_parameters({}, {}) == read_parameters()
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_stronger_layer_wins(name):
-    weak, strong = as_sent(FIELDS[name].default), another(name)
+    weak, strong = as_sent(PARAMETERS[name].default), another(name)
     assert read_parameters({name: weak}, {}, {name: strong}) == read_parameters({name: strong})
 
 
@@ -256,7 +257,7 @@ def test_layers_are_merged():
     assert (parameters.seed, parameters.method, parameters.output) == (1, ("lime",), "png")
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_null_is_not_given(name):
     assert read_parameters({name: another(name)}, {name: None}) == read_parameters({name: another(name)})
 
@@ -333,7 +334,7 @@ def test_a_list_is_counted_before_it_is_looked_into(name, separated):
     assert read_parameters({name: separated(["all"] * LONGEST_LIST)})
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_text_longer_than_anybody_needs_is_refused(name):
     expected = f"{name}: a text of 100001 characters is not allowed; allowed: at most {LONGEST_TEXT}"
     assert refusal({name: "x" * (LONGEST_TEXT + 1)}) == expected
@@ -357,12 +358,12 @@ TAKEN = [pytest.param(name, f.name, id=f"{name}-{f.name}") for name, kind in MET
 
 @pytest.mark.parametrize(("method", "parameter"), TAKEN)
 def test_what_a_method_takes_can_be_asked_for(method, parameter):
-    assert parameter in FIELDS
+    assert parameter in PARAMETERS
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_keeps_its_own_defaults(method):
-    assert Parameters().methods(method) == [METHODS[method]()]
+    assert read_parameters().methods(method) == [METHODS[method]()]
 
 
 @pytest.mark.parametrize(("method", "parameter"), TAKEN)
@@ -555,3 +556,10 @@ def test_any_target_is_found_or_refused(value):
         checked(error)
     else:
         assert found and all(0 <= index < len(LABELS.names) for index in found)
+
+
+def test_methods_that_share_a_parameter_allow_the_same():
+    types = {}
+    for field in (field for method in METHODS.values() for field in fields(method)):
+        types.setdefault(field.name, []).append(field.type)
+    assert all(kind == kinds[0] for kinds in types.values() for kind in kinds)

@@ -18,7 +18,7 @@ from torchserve_explain.attribution.scores import resolved, score_of
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.records import SUFFIXES
 from torchserve_explain.serving.errors import shown
-from torchserve_explain.serving.parameters import Capabilities, Parameters, read_parameters
+from torchserve_explain.serving.parameters import PARAMETERS, Capabilities, Parameters, read_parameters
 
 PREDICTED, LABEL = "predicted", "label"  # the class that is explained
 NOTHING = "nothing"  # that it is compared with
@@ -115,7 +115,7 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
 
     Raises ArchiveError, RequestError or Unsupported, naming what is allowed.
     """
-    allowed = [name for name in Parameters.model_fields if name not in APART]
+    allowed = [name for name in PARAMETERS if name not in APART]
     if unknown := [name for name in given if name not in allowed]:
         raise ArchiveError(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
     if archive.classifier.head is Head.NONE:

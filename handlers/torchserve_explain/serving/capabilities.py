@@ -12,7 +12,7 @@ from torchserve_explain import __version__
 from torchserve_explain.attribution.methods import METHODS, Smoothing
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.serving.colormaps import COLORMAPS, table
-from torchserve_explain.serving.parameters import Capabilities, Labels, Parameters
+from torchserve_explain.serving.parameters import PARAMETERS, Capabilities, Labels, Parameters
 
 STOPS = 16  # colours that stand for a colour map of 256
 KINDS: dict[Any, str] = {bool: "flag", int: "whole", float: "number"}
@@ -63,7 +63,7 @@ def _parameters(defaults: Parameters) -> dict[str, dict[str, Any]]:
         | {"description": info.description, "default": values[name], "general": name not in methods | smoothing}
         | ({"with": "smoothing"} if name in smoothing else {})
         | ({"suggestions": SUGGESTED[name]} if name in SUGGESTED else {})
-        for name, info in Parameters.model_fields.items()
+        for name, info in PARAMETERS.items()
     }
 
 

@@ -2,17 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
-from torchserve_explain.attribution.methods.backward import Backward
-from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.biased_layer import Reduction
-from torchserve_explain.attribution.methods.lrp import Attention, Composite
-from torchserve_explain.attribution.methods.path import PathRule
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES, Quality
 from torchserve_explain.attribution.rows import Contrast, Score, Versus
@@ -58,7 +54,10 @@ QualityName = Annotated[str, Field(pattern=f"^({'|'.join(QUALITIES)}|all)$")]
 
 
 class Parameters(BaseModel):
-    """An explanation's parameters; None leaves the choice to the method. A field's description says what is allowed."""
+    """An explanation's parameters: these, and the fields of every method, of which None leaves the choice to the method.
+
+    A field's description says what is allowed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,20 +79,9 @@ class Parameters(BaseModel):
     )
     values: bool = Field(False, description="true or false")
     audit: bool = Field(False, description="true or false")
-    baseline: Baseline | None = Field(None, description=_one_of(Baseline))
-    max_error: Number | None = Field(None, gt=0, le=1, description="a fraction above 0, at most 1")
-    steps: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
-    rule: PathRule | None = Field(None, description=_one_of(PathRule))
-    samples: Whole | None = Field(None, ge=1, lt=2**63, description="a whole number from 1 to 2^63 - 1")
-    stdev: Number | None = Field(None, ge=0, le=1, description="a fraction of the input's range from 0 to 1")
     smoothing: SmoothingKind | None = Field(None, description=_one_of(SmoothingKind))
     score: Score = Field(Score.LOGIT, description=_one_of(Score))
     layer: Names = Field(("last",), description="a module's dotted name, 'last', or a list of them")
-    gamma: Number | None = Field(None, ge=0, le=100, description="a number from 0 to 100")
-    reduction: Reduction | None = Field(None, description=_one_of(Reduction))
-    composite: Composite | None = Field(None, description=_one_of(Composite))
-    backward: Backward | None = Field(None, description=_one_of(Backward))
-    attention: Attention | None = Field(None, description=_one_of(Attention))
     quality: Annotated[tuple[QualityName, ...], BeforeValidator(_listed)] = Field(
         (), description=f"one or more of {', '.join(QUALITIES)}, or 'all'", json_schema_extra={"enum": list(QUALITIES)}
     )
@@ -126,8 +114,27 @@ class Parameters(BaseModel):
         """Return the smoothing asked for."""
         if self.smoothing is None:
             return None
-        chosen = {"samples": self.samples, "stdev": self.stdev}
-        return Smoothing(self.smoothing, **{key: value for key, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+        chosen = {name: value for name in ("samples", "stdev") if (value := getattr(self, name)) is not None}
+        return Smoothing(self.smoothing, **chosen)
+
+
+def _field(parameter: Any) -> tuple[Any, Any]:
+    """Return the type and the pydantic field of a method's parameter, by its type and the range that it names."""
+    if isinstance(parameter, type) and issubclass(parameter, StrEnum):
+        return parameter | None, Field(None, description=_one_of(parameter))
+    kind, allowed = get_args(parameter)
+    bounds = {"ge": allowed.ge, "gt": allowed.gt, "le": allowed.le, "lt": allowed.lt}
+    return (Number if kind is float else Whole) | None, Field(None, description=allowed.words, **bounds)
+
+
+def _of_methods() -> dict[str, Any]:
+    """Return the fields of all methods, each name once."""
+    found = {field.name: field.type for method in METHODS.values() for field in fields(method)}  # type: ignore[arg-type]
+    return {name: _field(kind) for name, kind in found.items() if name not in Parameters.model_fields}
+
+
+_Complete = create_model("Parameters", __base__=Parameters, **_of_methods())
+PARAMETERS = _Complete.model_fields
 
 
 def read_parameters(*layers: Mapping[str, object]) -> Parameters:
@@ -138,16 +145,15 @@ def read_parameters(*layers: Mapping[str, object]) -> Parameters:
         if "max_error" in given:
             merged.pop("steps", None)  # steps chosen by a weaker layer would silence it
         merged |= given
-    known = Parameters.model_fields
     for name, value in merged.items():
-        if name not in known:
-            raise bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(known)}")
+        if name not in PARAMETERS:
+            raise bad_request(f"unknown parameter {shown(name)}; allowed: {', '.join(PARAMETERS)}")
         _check_length(name, value)
     try:
-        return Parameters.model_validate(merged)
+        return _Complete.model_validate(merged)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        raise bad_request(f"{name}: {shown(merged[name])} is not allowed; allowed: {known[name].description}") from None
+        raise bad_request(f"{name}: {shown(merged[name])} is not allowed; allowed: {PARAMETERS[name].description}") from None
 
 
 def _check_length(name: str, value: object) -> None:

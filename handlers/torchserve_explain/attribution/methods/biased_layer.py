@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torchserve_explain.attribution.computation import Computation
 from torchserve_explain.attribution.interruption import sharing_copy
 from torchserve_explain.attribution.methods.gradient import squared_norm
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, Range
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class BiasedLayer(Method):
 
     name: ClassVar[str] = "biased_layer"
 
-    gamma: float = 0.25
+    gamma: Annotated[float, Range("a number from 0 to 100", ge=0, le=100)] = 0.25
     reduction: Reduction = Reduction.SENSITIVITY
 
     @property

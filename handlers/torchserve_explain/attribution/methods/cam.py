@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, OwnRow
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, OwnRow, Samples
 from torchserve_explain.attribution.rows import Layer
 from torchserve_explain.errors import Unsupported
 
@@ -135,7 +135,7 @@ class ScoreCam(Cam):
     own_row: ClassVar[OwnRow | None] = OwnRow.ACTIVATION
     needs_gradient: ClassVar[bool] = False
 
-    samples: int = 256
+    samples: Samples = 256
 
     def evaluations(self, classifier: Classifier) -> int:
         return 1 + min(self.samples, classifier.spatial_layers[classifier.grid_layer(self.layer)].channels)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from math import nan
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,25 @@ class Draw(IntEnum):
     PERTURBATION = 5
     ORDER = 6
     CLASS = 7
+    REFERENCE = 8
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a parameter may be, and the words in which an error says it; a bound that is None bounds nothing."""
+
+    words: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+
+# Of what several methods take, the type; the field of a method says the default.
+MaxError = Annotated[float, Range("a fraction above 0, at most 1", gt=0, le=1)]
+Steps = Annotated[int | None, Range("a whole number from 1 to 2^63 - 1", ge=1, lt=2**63)]
+Samples = Annotated[int, Range("a whole number from 1 to 2^63 - 1", ge=1, lt=2**63)]
+Deviation = Annotated[float, Range("a fraction of the input's range from 0 to 1", ge=0, le=1)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, stacked
+from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, Samples, stacked
 from torchserve_explain.attribution.rows import Evaluation
 
 CELLS = 7  # across a random mask
@@ -36,12 +36,12 @@ class Occlusion(Method):
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         windows = _windows(*case.input.shape[-2:])
-        hidden = self.baseline.image(case)
+        hidden = self.baseline.in_turn(case)
 
         def occluded(index: int) -> Tensor:
             rows, columns = windows[index]
             image = case.input.clone()
-            image[:, rows, columns] = hidden[:, rows, columns]
+            image[:, rows, columns] = hidden(index)[:, rows, columns]
             return image
 
         (whole,), scores = yield from both(case.scores(1, lambda _: case.input), case.scores(len(windows), occluded))
@@ -76,18 +76,18 @@ class Rise(Method):
     needs_gradient: ClassVar[bool] = False
 
     baseline: Baseline = Baseline.BLACK
-    samples: int = 300
+    samples: Samples = 300
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        hidden = self.baseline.image(case)
+        hidden = self.baseline.in_turn(case)
         shown, score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
         scores: list[float] = []
 
         def masked(number: int) -> Tensor:
-            return torch.lerp(hidden, case.input, random_mask(case, number))
+            return torch.lerp(hidden(number), case.input, random_mask(case, number))
 
         def add(start: int, evaluation: Evaluation) -> None:
             for number, score in enumerate(evaluation.scores.tolist(), start):

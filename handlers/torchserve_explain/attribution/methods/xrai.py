@@ -14,7 +14,7 @@ from skimage.segmentation import felzenszwalb
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, background
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method, pixels_of
+from torchserve_explain.attribution.methods.method import Attribution, Case, MaxError, Method, Steps, pixels_of
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 
 SCALES = (50, 100, 150, 250, 500, 1200)  # of Felzenszwalb's segmentation, for pixels from -1 to 1
@@ -34,8 +34,8 @@ class Xrai(Method):
     name: ClassVar[str] = "xrai"
 
     baseline: Baseline = Baseline.BLACK
-    max_error: float = 0.05
-    steps: int | None = None
+    max_error: MaxError = 0.05
+    steps: Steps = None
 
     @property
     def path(self) -> IntegratedGradients:
