@@ -87,7 +87,8 @@ def test_every_method_is_the_same_when_it_is_replayed(answer, store, tmp_path, c
     assert replayed(store, tmp_path, answer) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "image and archive are those of the record"
-    assert [line.split(" ")[0] for line in lines[1:]] == list(METHODS) and all(": the same" in line for line in lines[1:])
+    served = [name for name in METHODS if name != "attention_rollout"]
+    assert [line.split(" ")[0] for line in lines[1:]] == served and all(": the same" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from torchserve_explain.archive import ABOUT, CONFIG, LABELS, REFERENCES, WEIGHTS, Archive, about
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
+from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.attribution.randomisation import randomisation
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.network import MODEL, read_labels
 from torchserve_explain.paths import HANDLER, PACKAGE, ROOT, STORE, classifier_folder, packaged
@@ -31,6 +34,7 @@ WEIGHT_FILES = (WEIGHTS, "weights.pth", "weights.pt")  # of a classifier's folde
 LABEL_FILES = ("labels.txt", "labels.json", LABELS)
 DEFAULT_CONFIG = packaged("deploy") / CONFIG
 CLASSIC = {"batchSize": 8, "maxBatchDelay": 20}  # the defaults where a configuration says continuousBatching: false
+CHECKED, UNNOTICED = 3, 0.5  # photos; a rank correlation above which a method is said to hardly notice shuffled weights
 # What TorchServe 0.12 reads of a model-config.yaml.
 FRONTEND_KEYS = {
     *("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "maxRetryTimeoutInSec"),
@@ -58,7 +62,7 @@ def build_archive(name: str, options: argparse.Namespace) -> Path:
         shutil.copyfile(HANDLER, stage / HANDLER.name)
         (stage / ABOUT).write_text(about(), encoding="utf-8")
         collect(classifier_folder(name), options, stage)
-        check(stage)
+        check(stage, options.check)
         archive = package(name, options.version, stage, Path(temporary))
         options.store.mkdir(parents=True, exist_ok=True)
         unfinished = options.store / f".{name}.{os.getpid()}.mar"
@@ -144,8 +148,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in content.items()}
 
 
-def check(stage: Path) -> None:
-    """Load the stage as a worker will; raises ArchiveError with the reason where that fails."""
+def check(stage: Path, weights: bool = False) -> None:
+    """Load the stage as a worker will; raises ArchiveError with the reason where that fails.
+
+    With `weights` the randomisation test of the served methods is printed, too.
+    """
     try:
         archive = Archive.load(stage)
         service = Service(
@@ -156,6 +163,29 @@ def check(stage: Path) -> None:
         raise ArchiveError(str(error) or type(error).__name__) from error
     for method, why in service.refused.items():
         print(f"{method} cannot serve it: {why}")
+    if weights:
+        print_randomisation(archive, service.methods, service.limits.pack)
+
+
+def print_randomisation(archive: Archive, methods: Iterable[str], pack: int) -> None:
+    """Print, method by method, how alike maps are once the weights are shuffled, over packaged photos."""
+    from torchserve_explain.photo import pictures  # which asks for rich, as archiving alone does not
+
+    trained = archive.classifier
+    photos = [picture.input for _, picture in pictures(None, archive.settings.preprocessing)][:CHECKED]
+    images = [photo.to(trained.device, trained.dtype) for photo in photos]
+    engines = Engine(trained, pack), Engine(trained.shuffled(), pack)
+    print(f"{'without its weights':24} {'rank correlation':>16} {'SSIM':>6} {'complexity rise':>16}")
+    for name in methods:
+        found = randomisation(METHODS[name](), *engines, images)
+        if found is None:
+            print(f"{name:24} no map")
+            continue
+        hardly = "  hardly notices that they are gone" if found.rank_correlation > UNNOTICED else ""
+        told = f"{found.rank_correlation:16.2f} {found.similarity:6.2f} {found.complexity_rise:16.0%}"
+        print(f"{name:24} {told}{hardly}", flush=True)
+    for engine in engines:
+        engine.close()
 
 
 def package(name: str, version: str, stage: Path, temporary: Path) -> Path:
@@ -225,6 +255,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--references", type=_folder, help="a folder of pictures that explanations may compare with (baseline=references)"
     )
     command.add_argument("--version", default="1.0", help="the model's version (default: %(default)s)")
+    command.add_argument("--check", action="store_true", help="tell which methods hardly notice when the weights are shuffled")
     command.add_argument("--store", type=Path, default=STORE, help="where archives go (default: model_store)")
 
 

@@ -114,6 +114,14 @@ class Classifier:
         other._changed = _changes(other._model)
         return other
 
+    def shuffled(self, seed: int = 0) -> "Classifier":
+        """Return a classifier of the same layers in each of whose parameters the values have changed places."""
+        model, random = copy.deepcopy(self._model), torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            places = torch.randperm(parameter.numel(), generator=random).to(parameter.device)
+            parameter.data = parameter.data.flatten()[places].view(parameter.shape).contiguous()
+        return Classifier(model, self.normalization, self.example.shape[-2:], self.device, head=self.head)
+
     @property
     def last_layer(self) -> str | None:
         """The last layer with a spatial output larger than 1 x 1, or None where the model has none."""
@@ -189,8 +197,9 @@ class Classifier:
         return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))
 
     def _grid(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a layer's output, or a gradient there, as [n, channels, h, w]."""
-        return self.spatial_layers[name].channels_first(tensor.detach()).to(self.dtype)
+        """Return a layer's output, or a gradient there, as [n, channels, h, w]; that of a rule's own layer as it is."""
+        grid = self.spatial_layers.get(name)
+        return (tensor.detach() if grid is None else grid.channels_first(tensor.detach())).to(self.dtype)
 
     @property
     def differentiable(self) -> bool:

@@ -86,6 +86,11 @@ class Service:
         """The methods that cannot serve the classifier, and why."""
         return self._planner.capabilities.refused
 
+    @property
+    def methods(self) -> Sequence[str]:
+        """The methods that it serves."""
+        return self._planner.capabilities.methods
+
     def warm_up(self, engine: Engine) -> Result[Any]:
         """Explain a blank image, so that the first client does not pay for what the first passes prepare."""
         blank = self.classifier.example[0]

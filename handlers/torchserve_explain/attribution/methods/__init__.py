@@ -1,8 +1,10 @@
 """The methods by name, in the order in which they are listed: one small class each, in the file of its family."""
 
+from torchserve_explain.attribution.methods.attention import AttentionRollout
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.deep_lift import DeepLift
+from torchserve_explain.attribution.methods.full_gradient import FullGrad
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from torchserve_explain.attribution.methods.lrp import LayerwiseRelevance
@@ -21,6 +23,8 @@ _LISTED: tuple[type[Method], ...] = (
     LayerCam,
     HiResCam,
     EigenCam,
+    AttentionRollout,
+    FullGrad,
     Sensitivity,
     Saliency,
     InputXGradient,
