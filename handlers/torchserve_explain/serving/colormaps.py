@@ -21,7 +21,7 @@ _ANCHORS = {
     "orange_blue": "002a9e 1a5cff 86adff f7f7f7 ffb86b ee8200 a85000",
 }
 COLORMAPS = tuple(_ANCHORS)
-DIVERGING = frozenset({"red_blue", "orange_blue"})
+DIVERGING = ("red_blue", "orange_blue")
 SEQUENTIAL_DEFAULT, DIVERGING_DEFAULT = "inferno", "red_blue"
 
 
