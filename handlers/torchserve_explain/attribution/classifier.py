@@ -120,7 +120,8 @@ class Classifier:
         for parameter in model.parameters():
             places = torch.randperm(parameter.numel(), generator=random).to(parameter.device)
             parameter.data = parameter.data.flatten()[places].view(parameter.shape).contiguous()
-        return Classifier(model, self.normalization, self.example.shape[-2:], self.device, head=self.head)
+        height, width = self.example.shape[-2:]
+        return Classifier(model, self.normalization, (height, width), self.device, head=self.head)
 
     @property
     def last_layer(self) -> str | None:

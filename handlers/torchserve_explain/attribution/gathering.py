@@ -50,5 +50,5 @@ class _Gathered(torch.autograd.Function):
         return output.clone(), carried.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor, total: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor, total: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradient, context.add(gradient, total), None
