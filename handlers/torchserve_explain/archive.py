@@ -143,8 +143,8 @@ def _check_format(path: Path, folder: Path) -> None:
     what = "the archive" if path.is_dir() else path  # a worker's folder has no name of its own
     if not (folder / CONFIG).exists():
         raise ArchiveError(f"{what} holds no {CONFIG}; build it anew with torchserve-explain archive")
-    told = folder / ABOUT
-    found = json.loads(told.read_text(encoding="utf-8")).get("format") if told.exists() else FORMAT
+    about = folder / ABOUT
+    found = json.loads(about.read_text(encoding="utf-8")).get("format") if about.exists() else FORMAT
     if found != FORMAT:
         raise ArchiveError(
             f"{what} has the format {found}, and torchserve-explain {__version__} reads {FORMAT}; "
