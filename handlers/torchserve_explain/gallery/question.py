@@ -84,9 +84,12 @@ class Question:
         """All that a map and its overlay depend on beside the picture, for each map's name, as a digest."""
         asked, limits = self.parameters, self.archive.settings.explanations.limits
         explained = (self.target, self.versus, asked.score)
-        common = (self.archive.digest, explained, asked.smoother(), asked.seed, limits.path_evaluations)
+        common = (self.archive.digest, explained, asked.smoother(), asked.seed)
         drawing = (asked.colormap, asked.overlay, asked.clip)
-        return {name: digest_of(repr((common, drawing, method)).encode()) for name, method in self.methods.items()}
+        return {
+            name: digest_of(repr((common, limits.most(method), drawing, method)).encode())
+            for name, method in self.methods.items()
+        }
 
     def classes(self, label: str | None, logits: Tensor) -> tuple[int, Versus | None]:
         """Return the class of a picture with logits [classes] that is explained, and what it is compared with.
@@ -104,10 +107,10 @@ class Question:
         """Return the job of a map of an image [C, H, W] with logits [classes]."""
         classifier, asked = self.archive.classifier, self.parameters
         score = score_of(classifier.head, logits, target, asked.score, versus)
-        budget = self.archive.settings.explanations.limits.path_evaluations
+        method, limits = self.methods[name], self.archive.settings.explanations.limits
         placed = image.to(classifier.device, classifier.dtype)
-        case = Case(classifier, placed, target, asked.score, score, asked.seed, budget=budget, versus=versus)
-        return Job(self.methods[name], case, asked.smoother())
+        case = Case(classifier, placed, target, asked.score, score, asked.seed, budget=limits.most(method), versus=versus)
+        return Job(method, case, asked.smoother())
 
 
 def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str], versus: str = LABEL) -> Question:

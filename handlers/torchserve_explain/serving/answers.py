@@ -151,6 +151,8 @@ class Explanation:
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
+        if self.job.method.draws:
+            told["sampling_error"] = attribution.sampling_error
         if self.versus is not None:
             told["versus"] = self.versus.as_json()
         if self.measured:
@@ -262,8 +264,9 @@ def describe(explanation: Explanation) -> str:
     told = f"{explanation.question}, {explanation.target.measure}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
-    error = explanation.explained.value.completeness_error
-    return told if error is None else f"{told}, completeness error {error:.1%}"
+    found = explanation.explained.value
+    errors = {"completeness": found.completeness_error, "sampling": found.sampling_error}
+    return told + "".join(f", {name} error {error:.1%}" for name, error in errors.items() if error is not None)
 
 
 def _templates() -> jinja2.Environment:

@@ -124,7 +124,7 @@ def _field(parameter: Any) -> tuple[Any, Any]:
         return parameter | None, Field(None, description=_one_of(parameter))
     kind, allowed = get_args(parameter)
     bounds = {"ge": allowed.ge, "gt": allowed.gt, "le": allowed.le, "lt": allowed.lt}
-    return (Number if kind is float else Whole) | None, Field(None, description=allowed.words, **bounds)
+    return (Number if float in (kind, *get_args(kind)) else Whole) | None, Field(None, description=allowed.words, **bounds)
 
 
 def _of_methods() -> dict[str, Any]:

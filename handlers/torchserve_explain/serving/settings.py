@@ -7,7 +7,7 @@ from torchvision import transforms
 
 from torchserve_explain.attribution.classifier import Normalization
 from torchserve_explain.attribution.heads import Head
-from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.attribution.methods import METHODS, Method
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.serving.errors import shown
 
@@ -62,6 +62,7 @@ class Limits(Section):
 
     evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
+    sampling_evaluations: PositiveInt = 2000  # rows one map takes at most whose draws go on until max_sampling_error
     methods: PositiveInt = 30
     targets: PositiveInt = 5
     layers: PositiveInt = 5
@@ -72,6 +73,10 @@ class Limits(Section):
     pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
     quantum: PositiveInt = 25  # milliseconds after which TorchServe may hand over what has arrived meanwhile
     seconds: PositiveFloat = 60.0  # a request, from its arrival in the worker; below responseTimeout, which kills the worker
+
+    def most(self, method: Method) -> int:
+        """Return how many rows a method may take for one map that decides for itself."""
+        return self.sampling_evaluations if method.draws else self.path_evaluations
 
 
 class Explanations(Section):
