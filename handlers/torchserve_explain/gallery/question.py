@@ -23,7 +23,7 @@ from torchserve_explain.serving.parameters import PARAMETERS, Capabilities, Para
 PREDICTED, LABEL = "predicted", "label"  # the class that is explained
 NOTHING = "nothing"  # that it is compared with
 # Options of their own, or of an answer to a client.
-APART = {"method", "target", "versus", "output", "values", "quality", "audit"}
+APART = {"method", "target", "versus", "output", "values", "quality", "audit", "region"}
 NAMED = 20  # labels that an error names, the nearest ones
 
 
@@ -132,6 +132,8 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
             layer = getattr(method, "layer", None)
             if layer is not None:
                 archive.classifier.grid_layer(layer)
+            if (baseline := getattr(method, "baseline", None)) is not None:
+                baseline.size(archive.classifier)
             chosen[name if len(several) == 1 else f"{name}-{layer}"] = method
     return Question(archive, parameters, chosen, target, versus)
 

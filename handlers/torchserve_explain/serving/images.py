@@ -1,7 +1,9 @@
 """Uploaded bytes become what the model sees, the way a person expects of their picture."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from math import ceil, floor
 
 import numpy as np
@@ -23,7 +25,8 @@ ELONGATED = 8  # times longer than wide
 class Picture:
     """An upload as the model sees it: `input` [C, H, W] normalised, and `seen`, the same as a picture.
 
-    `crop` is the part of the upright original (`width` x `height`) that is seen: left, top, right, bottom.
+    `crop` is the part of the upright original (`width` x `height`) that is seen: left, top, right, bottom; `box` the same
+    exactly, which may reach beyond a small original. `whole` decodes the original anew, since it may be large.
     """
 
     input: Tensor
@@ -31,17 +34,27 @@ class Picture:
     width: int
     height: int
     crop: tuple[int, int, int, int]
+    box: tuple[float, float, float, float] | None = None
+    whole: Callable[[], Image.Image] | None = None
 
 
 def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Picture:
     """Decode and prepare an upload; raises RequestError 400 (not an image) or 413 (too many pixels)."""
-    image = _upright(_decoded(data, pixel_limit), "L" if len(preprocessing.mean) == 1 else "RGB")
+    image = _whole(data, preprocessing, pixel_limit)
     width, height = image.size
     trimmed, (x, y) = _trimmed(image, preprocessing)
     seen, (left, top, right, bottom) = _seen(trimmed, preprocessing)
+    box = left + x, top + y, right + x, bottom + y
     # Outwards to whole pixels, and where a small image was padded no further than the image.
-    crop = (max(0, floor(left + x)), max(0, floor(top + y)), min(width, ceil(right + x)), min(height, ceil(bottom + y)))
-    return Picture(as_input(seen, preprocessing), seen, width, height, crop)
+    crop = (max(0, floor(box[0])), max(0, floor(box[1])), min(width, ceil(box[2])), min(height, ceil(box[3])))
+    return Picture(
+        as_input(seen, preprocessing), seen, width, height, crop, box, cache(partial(_whole, data, preprocessing, pixel_limit))
+    )
+
+
+def _whole(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Image.Image:
+    """Return an upload, upright, in the colours that the model sees."""
+    return _upright(_decoded(data, pixel_limit), "L" if len(preprocessing.mean) == 1 else "RGB")
 
 
 def as_input(seen: Image.Image, preprocessing: Preprocessing) -> Tensor:

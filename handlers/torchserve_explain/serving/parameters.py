@@ -15,6 +15,7 @@ from torchserve_explain.attribution.rows import Contrast, Score, Versus
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.errors import bad_request, shown
+from torchserve_explain.serving.regions import Region
 
 # Far beyond every limit, and short enough to be split and looked at item by item.
 LONGEST_LIST, LONGEST_TEXT = 1000, 100_000
@@ -94,6 +95,7 @@ class Parameters(BaseModel):
         json_schema_extra={"enum": list(COLORMAPS)},
     )
     overlay: Number = Field(0.5, ge=0, le=1, description="an opacity from 0 to 1")
+    region: Region = Field(Region.CROP, description=_one_of(Region))
     clip: Number = Field(99, gt=0, le=100, description="a percentile above 0, at most 100")
 
     def methods(self, name: str) -> list[Method]:
