@@ -109,15 +109,15 @@ def test_the_error_told_is_the_spread_over_seeds(classifier, image, method):
 @pytest.mark.parametrize("name", DRAWING)
 def test_samples_are_doubled_until_the_error_is_small_enough_or_the_budget_is_out(classifier, image, name):
     method, case = METHODS[name], case_of(classifier, image, budget=1000)
-    once = explain(Job(method(samples=120), case))
-    more = explain(Job(method(samples=120, max_sampling_error=0.7 * once.value.sampling_error), case))
-    fixed = once.evaluations - 120
-    assert more.evaluations - fixed in (240, 480, 960) and more.value.sampling_error <= 0.7 * once.value.sampling_error
-    satisfied = explain(Job(method(samples=120, max_sampling_error=once.value.sampling_error * 1.01), case))
+    once = explain(Job(method(samples=160), case))
+    more = explain(Job(method(samples=160, max_sampling_error=0.7 * once.value.sampling_error), case))
+    fixed = once.evaluations - 160
+    assert more.evaluations - fixed in (320, 640) and more.value.sampling_error <= 0.7 * once.value.sampling_error
+    satisfied = explain(Job(method(samples=160, max_sampling_error=once.value.sampling_error * 1.01), case))
     assert satisfied.evaluations == once.evaluations
     torch.testing.assert_close(satisfied.value.map, once.value.map)
-    spent = explain(Job(method(samples=120, max_sampling_error=1e-9), case_of(classifier, image, budget=300)))
-    assert spent.evaluations == 240 + fixed and spent.value.sampling_error > 1e-9
+    spent = explain(Job(method(samples=160, max_sampling_error=1e-9), case_of(classifier, image, budget=500)))
+    assert spent.evaluations == 320 + fixed and spent.value.sampling_error > 1e-9
 
 
 def test_masks_drawn_later_are_those_drawn_at_once(classifier, image):
