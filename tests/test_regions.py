@@ -110,5 +110,7 @@ def test_one_png_is_of_the_uploads_size_and_a_sheet_of_a_screens(service):
 def test_a_photo_of_a_telephone_is_answered(service):
     large = answer(service, picture(0, (4000, 3000)), region="image")
     assert large.status == 200 and len(large.body) < 6_000_000
+    few = Image.open(io.BytesIO(answer(service, picture(0, (4000, 3000)), region="image", output="png").body))
+    assert few.mode == "P" and few.width > 1900
     refused = answer(service, picture(), region="everything")
     assert refused.status == 400 and b"allowed: one of crop, image" in refused.body

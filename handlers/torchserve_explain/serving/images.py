@@ -71,7 +71,7 @@ def _within(box: Box, image: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _prepared(image: Image.Image, preprocessing: Preprocessing, prepare: Prepare) -> tuple[Tensor, Box]:
-    """Return what preprocess.py makes of a picture, and of which part; raises RequestError 400 where it makes something else."""
+    """Return what preprocess.py makes of a picture, and of which part; raises RequestError 400 where that does not fit."""
     try:
         pixels, box = prepare(image)
         left, top, right, bottom = (0.0, 0.0, *image.size) if box is None else map(float, box)

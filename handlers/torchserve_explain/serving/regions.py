@@ -53,8 +53,6 @@ class Whole:
 
     def marked(self, drawn: Image.Image, overlay: bool) -> Image.Image:
         """Return a picture of the map with the part marked that the model did not see: dim in an overlay, else grey."""
-        if self.seen == (0, 0, *drawn.size):
-            return drawn
         dim = self.picture.convert("L").point([round(DIM * value) for value in range(256)]).convert("RGB")
         marked = dim if overlay else Image.new("RGB", drawn.size, UNSEEN)
         marked.paste(drawn.convert("RGB").crop(self.seen), self.seen[:2])
