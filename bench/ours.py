@@ -11,7 +11,8 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import MaxSensitivity, Measurement
 from torchserve_explain.serving.settings import Limits

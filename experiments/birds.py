@@ -15,7 +15,7 @@ from experiments.segmentation import Mask
 from experiments.trained import Row, Trained, accuracies, train
 from torchserve_explain.attribution.methods import Method
 from torchserve_explain.attribution.methods.cam import GradCam
-from torchserve_explain.attribution.methods.path import GradientShap
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.superpixels import KernelShap, Lime
 from torchserve_explain.attribution.quality import Deletion, Insertion
 from torchserve_explain.gallery.pages import mean_map

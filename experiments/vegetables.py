@@ -23,7 +23,8 @@ from experiments.trained import Row, Trained, accuracies, train
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.cam import GradCam
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.gallery.pages import mean_map

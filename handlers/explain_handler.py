@@ -37,7 +37,9 @@ class ExplainHandler:
         classifier, labels = archive.classifier, archive.labels
         self._continuous = settings.continuousBatching
         version = str(context.manifest["model"].get("modelVersion", "1.0"))
-        service = Service(classifier, labels, settings, {"name": context.model_name, "version": version}, archive.digest)
+        service = Service(
+            classifier, labels, archive.settings, {"name": context.model_name, "version": version}, archive.digest
+        )
         host = Host(service, version)
         self._metrics = Metrics(context, host.engine, service)
         host.warm_up()

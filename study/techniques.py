@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.methods import METHODS, Method, Smoothing
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import Saliency
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
 from torchserve_explain.attribution.methods.lrp import LayerwiseRelevance
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 

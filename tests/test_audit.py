@@ -98,6 +98,7 @@ def test_every_method_is_the_same_when_it_is_replayed(answer, store, tmp_path, c
         {"method": "grad_cam", "layer": "layer2,last", "target": "dog,0"},
         {"method": "integrated_gradients", "max_error": "0.000001"},  # until its budget ends
         {"method": "gradient_shap", "seed": "7", "samples": "5", "baseline": "noise"},
+        {"method": "rise", "samples": "20", "max_sampling_error": "0.0001"},
     ],
     ids=lambda fields: "-".join(fields.values()),
 )

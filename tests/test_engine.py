@@ -13,8 +13,9 @@ from torchserve_explain.attribution.methods import METHODS, Attribution, Case, M
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, Reduction
 from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import Sensitivity
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.errors import AttributionError, DeadlinePassed, NotFinite, OutOfMemory

@@ -22,9 +22,10 @@ from torchserve_explain.attribution.methods import METHODS, Case, Method, Smooth
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients, PathRule
+from torchserve_explain.attribution.methods.path import IntegratedGradients, PathRule
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
 from torchserve_explain.attribution.methods.smoothing import Moments, SmoothingKind
 from torchserve_explain.attribution.rows import Score

@@ -124,7 +124,7 @@ VALUES = [
     True, 0, 1, 2, 50, 51, 100, 101, -1, 2**63 - 1, 2**63, 0.0, 1e-9, 0.5, 1.0, 1.5, 49.9, 99.9, 100.5,
     [], ["last"], ["reduce", "stem"], [1, "2"], ["all"],
     *(name for name in METHODS), ["grad_cam", "saliency"], ["nonsense"],
-    "json", "openapi", "gif", "black", "green", "smoothgrad", "logit", "probability", "sensitivity", "relevance",
+    "json", "openapi", "gif", "black", "green", "crop", "smoothgrad", "logit", "probability", "sensitivity", "relevance",
     "epsilon_plus", "idgi", "libra", "detached", "runner_up", ["infidelity", "deletion"], ["beauty"],
     "inferno", "jet", {"a": 1},
 ]  # fmt: skip

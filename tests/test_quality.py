@@ -20,8 +20,9 @@ from torchserve_explain.attribution.measure import pixel_ranks
 from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import (
     QUALITIES,

@@ -20,9 +20,10 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case, Smoothing
 from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.serving.images import read_picture

@@ -10,8 +10,9 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import Saliency
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.rows import Score
 from torchserve_explain.attribution.stem import find_stem
 

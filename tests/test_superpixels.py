@@ -23,9 +23,10 @@ from torchserve_explain.attribution.methods.superpixels import (
     KernelShap,
     Lime,
     Superpixels,
+    fitted,
     local_ridge,
+    paired,
     shapley_coalitions,
-    shapley_values,
 )
 from torchserve_explain.attribution.methods.xrai import Xrai, gathered, segments
 
@@ -113,7 +114,8 @@ def test_kernel_shap_reaches_the_enumerated_shapley_values():
     nothing, whole = worth(np.zeros(5)), worth(np.ones(5))
     coalitions = shapley_coalitions(5, 40_000, np.random.default_rng(1))
     rises = np.array([worth(z) - nothing for z in coalitions])
-    found = shapley_values(coalitions, rises, whole - nothing)
+    total = np.full(len(rises), whole - nothing)
+    found = fitted(*paired(coalitions, rises, total)).values + (whole - nothing) / 5
     np.testing.assert_allclose(found, expected, atol=0.03)
     assert found.sum() == pytest.approx(whole - nothing)
 
@@ -129,7 +131,7 @@ def test_coalitions_follow_the_kernel_in_complementing_pairs():
 @pytest.mark.parametrize("samples", [1, 2, 7])
 def test_few_coalitions_leave_what_they_do_not_tell_to_all_alike(samples):
     coalitions = shapley_coalitions(12, samples, np.random.default_rng(0))
-    values = shapley_values(coalitions, coalitions.sum(1) * 0.5, 6.0)
+    values = fitted(*paired(coalitions, coalitions.sum(1) * 0.5, np.full(samples, 6.0))).values + 6.0 / 12
     np.testing.assert_allclose(values, 0.5)  # the game is additive and fair
 
 
@@ -155,7 +157,7 @@ def test_the_ridge_is_the_weighted_normal_equation():
     draw = np.random.default_rng(2)
     coalitions, scores = (draw.random((30, 4)) < 0.5).astype(float), draw.normal(size=30)
     weights = np.exp(-((1 - np.sqrt(coalitions.mean(1))) ** 2) / (2 * 0.25**2))
-    found = local_ridge(coalitions, scores)
+    found = local_ridge(coalitions, scores).values
     intercept = np.average(scores - coalitions @ found, weights=weights)
     slope = coalitions.T @ (weights * (scores - intercept - coalitions @ found))
     np.testing.assert_allclose(slope, found, atol=1e-9)  # the gradient of half the squares is ridge times the weights

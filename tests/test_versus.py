@@ -13,9 +13,10 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Attribution, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.cam import GradCam
+from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Sensitivity
 from torchserve_explain.attribution.methods.lrp import LayerwiseRelevance
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Deletion, Infidelity, Measurement
 from torchserve_explain.attribution.rows import Contrast, Known, Score
 from torchserve_explain.attribution.scores import resolved, score_of

@@ -19,14 +19,15 @@ from torch import Tensor
 from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.errors import ArchiveError, RequestError
-from torchserve_explain.network import build_network, read_labels
+from torchserve_explain.network import build_network, read_labels, run_module
 from torchserve_explain.serving.images import read_picture
-from torchserve_explain.serving.settings import Settings, read_settings
+from torchserve_explain.serving.settings import Prepare, Settings, read_settings
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, LABELS, ABOUT = "model-config.yaml", "weights.safetensors", "index_to_name.json", "archive.json"
 REFERENCES = "references"  # the folder of pictures that explanations compare with
 MOST_REFERENCES = 50
+PREPROCESS = "preprocess.py"
 MANIFEST = "MAR-INF"  # the folder of TorchServe's manifest, which holds the time of its making
 FORMAT = 1  # of what an archive holds; an archive without a number has this one, too
 
@@ -54,6 +55,9 @@ class Archive:
         with _unpacked(path) as folder:
             _check_format(path, folder)
             settings = read_settings(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {})
+            if settings.preprocessing.code is not None:
+                loaded = settings.preprocessing.prepared_by(_own_preprocessing(folder / PREPROCESS))
+                settings = settings.model_copy(update={"preprocessing": loaded})
             height, width = (scale * side for side in settings.preprocessing.size)
             labels = read_labels(folder / LABELS) if (folder / LABELS).exists() else []
             classifier = load_classifier(folder, settings, device, (height, width), len(labels))
@@ -86,6 +90,16 @@ def load_classifier(
         raise ArchiveError(str(error)) from None
     except RuntimeError as error:
         raise ArchiveError(f"the model cannot take a {size[0]}x{size[1]} image: {error}") from None
+
+
+def _own_preprocessing(path: Path) -> Prepare:
+    """Return the function of a preprocess.py; raises ArchiveError."""
+    if not path.exists():
+        raise ArchiveError(f"preprocessing.code: {PREPROCESS} does not exist")
+    function: Prepare | None = getattr(run_module(path), "preprocess", None)
+    if not callable(function):
+        raise ArchiveError(f"{PREPROCESS} must define preprocess(image), which returns pixels [C, H, W] and the part they show")
+    return function
 
 
 def _refer(classifier: Classifier, folder: Path, settings: Settings) -> None:

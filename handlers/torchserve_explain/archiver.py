@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchserve_explain.archive import ABOUT, CONFIG, LABELS, REFERENCES, WEIGHTS, Archive, about
+from torchserve_explain.archive import ABOUT, CONFIG, LABELS, PREPROCESS, REFERENCES, WEIGHTS, Archive, about
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.attribution.methods import METHODS
@@ -27,6 +28,8 @@ from torchserve_explain.attribution.randomisation import randomisation
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.network import MODEL, read_labels
 from torchserve_explain.paths import HANDLER, PACKAGE, ROOT, STORE, classifier_folder, packaged
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.pictures import png
 from torchserve_explain.serving.service import Service
 from torchserve_explain.serving.settings import Settings
 
@@ -85,6 +88,10 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
         raise ArchiveError(
             "the architecture is missing: give --arch or --model, or 'classifier: {architecture: resnet18}' in " + CONFIG
         )
+    preprocess = _first(options.preprocess, folder / PREPROCESS)
+    if preprocess is not None:
+        shutil.copyfile(preprocess, stage / PREPROCESS)
+        content["preprocessing"] = {**(content.get("preprocessing") or {}), "code": PREPROCESS}
     (stage / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     model = _first(options.model, folder / MODEL)
     if model is not None and content.get("classifier", {}).get("architecture") == MODEL:
@@ -159,6 +166,7 @@ def check(stage: Path, weights: bool = False) -> None:
             archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"}, archive.digest
         )
         service.warm_up(Engine(archive.classifier, service.limits.pack))
+        read_picture(png(Image.new("RGB", (320, 240), "gray")), archive.settings.preprocessing, service.limits.pixels)
     except (Exception, SystemExit) as error:  # a user's model.py may raise anything
         raise ArchiveError(str(error) or type(error).__name__) from error
     for method, why in service.refused.items():
@@ -251,6 +259,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", type=_existing, help="a state dict: .safetensors, or .pt/.pth (loaded with weights_only)")
     command.add_argument("--labels", type=_existing, help='class names: a JSON list, {"0": name, ...}, or one name a line')
     command.add_argument("--config", type=_existing, help="a model-config.yaml (default: ImageNet preprocessing)")
+    command.add_argument("--preprocess", type=_existing, help="a preprocess.py that makes the model's input of a picture")
     command.add_argument(
         "--references", type=_folder, help="a folder of pictures that explanations may compare with (baseline=references)"
     )

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,10 +87,7 @@ def _own_builder(path: Path) -> Builder:
     """Find the nn.Module that model.py defines: its only public one, or the one called Model."""
     if not path.exists():
         raise ArchiveError(f"architecture: {MODEL} does not exist")
-    spec = importlib.util.spec_from_file_location("model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = run_module(path)
     found = {
         name: value
         for name, value in vars(module).items()
@@ -102,6 +100,15 @@ def _own_builder(path: Path) -> Builder:
         )
     resizable = "num_classes" in inspect.signature(chosen).parameters
     return lambda options: chosen(**options) if resizable else chosen()
+
+
+def run_module(path: Path) -> ModuleType:
+    """Run a Python file of an archive as a module that nothing else can import."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _classes_of(built: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int | None:

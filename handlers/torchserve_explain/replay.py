@@ -127,7 +127,7 @@ def _remade(then: MapRecord, image: bytes, archive: Archive, engine: Engine) -> 
 def _as_recorded(settings: Settings, budget: int) -> Settings:
     """Return settings under which a record's parameters mean what they meant, and nothing else is limited."""
     free = {"evaluations": UNLIMITED, "answer_bytes": UNLIMITED, "seconds": float(UNLIMITED)}
-    limits = settings.explanations.limits.model_copy(update=free | {"path_evaluations": budget})
+    limits = settings.explanations.limits.model_copy(update=free | {"path_evaluations": budget, "sampling_evaluations": budget})
     explanations = settings.explanations.model_copy(update={"defaults": {}, "audit": None, "limits": limits})
     return settings.model_copy(update={"explanations": explanations, "continuousBatching": False})
 

@@ -123,7 +123,7 @@ class LakeExplainer:
     def _due(self, one: Record) -> Due:
         preprocessing = self._archive.settings.preprocessing
         height, width = preprocessing.size
-        seen = Image.frombytes("L" if len(preprocessing.mean) == 1 else "RGB", (width, height), one["pixels"])
+        seen = Image.frombytes(preprocessing.mode, (width, height), one["pixels"])
         picture = Picture(as_input(seen, preprocessing), seen, one["width"], one["height"], tuple(one["crop"]))
         return Due(GallerySample(one["path"], one["label"]), one["digest"], picture, one["maps"])
 

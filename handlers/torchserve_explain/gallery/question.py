@@ -23,7 +23,7 @@ from torchserve_explain.serving.parameters import PARAMETERS, Capabilities, Para
 PREDICTED, LABEL = "predicted", "label"  # the class that is explained
 NOTHING = "nothing"  # that it is compared with
 # Options of their own, or of an answer to a client.
-APART = {"method", "target", "versus", "output", "values", "quality", "audit"}
+APART = {"method", "target", "versus", "output", "values", "quality", "audit", "region"}
 NAMED = 20  # labels that an error names, the nearest ones
 
 
@@ -84,9 +84,12 @@ class Question:
         """All that a map and its overlay depend on beside the picture, for each map's name, as a digest."""
         asked, limits = self.parameters, self.archive.settings.explanations.limits
         explained = (self.target, self.versus, asked.score)
-        common = (self.archive.digest, explained, asked.smoother(), asked.seed, limits.path_evaluations)
+        common = (self.archive.digest, explained, asked.smoother(), asked.seed)
         drawing = (asked.colormap, asked.overlay, asked.clip)
-        return {name: digest_of(repr((common, drawing, method)).encode()) for name, method in self.methods.items()}
+        return {
+            name: digest_of(repr((common, limits.most(method), drawing, method)).encode())
+            for name, method in self.methods.items()
+        }
 
     def classes(self, label: str | None, logits: Tensor) -> tuple[int, Versus | None]:
         """Return the class of a picture with logits [classes] that is explained, and what it is compared with.
@@ -104,10 +107,10 @@ class Question:
         """Return the job of a map of an image [C, H, W] with logits [classes]."""
         classifier, asked = self.archive.classifier, self.parameters
         score = score_of(classifier.head, logits, target, asked.score, versus)
-        budget = self.archive.settings.explanations.limits.path_evaluations
+        method, limits = self.methods[name], self.archive.settings.explanations.limits
         placed = image.to(classifier.device, classifier.dtype)
-        case = Case(classifier, placed, target, asked.score, score, asked.seed, budget=budget, versus=versus)
-        return Job(self.methods[name], case, asked.smoother())
+        case = Case(classifier, placed, target, asked.score, score, asked.seed, budget=limits.most(method), versus=versus)
+        return Job(method, case, asked.smoother())
 
 
 def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, str], versus: str = LABEL) -> Question:
@@ -129,6 +132,8 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
             layer = getattr(method, "layer", None)
             if layer is not None:
                 archive.classifier.grid_layer(layer)
+            if (baseline := getattr(method, "baseline", None)) is not None:
+                baseline.size(archive.classifier)
             chosen[name if len(several) == 1 else f"{name}-{layer}"] = method
     return Question(archive, parameters, chosen, target, versus)
 

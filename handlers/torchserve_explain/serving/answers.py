@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
@@ -36,9 +36,12 @@ from torchserve_explain.serving.pictures import (
     small_png,
     with_scale,
 )
+from torchserve_explain.serving.regions import Region, Whole
 
 HERE = Path(__file__).parent
 ROUND = ("evaluations", "completeness_error")  # of a path's refinement
+FULL_COLOUR = 2_000_000  # pixels of a picture that is answered in all its colours
+SHEET_SIDE = 512  # of a contact sheet's pictures, at most
 # A page is what it says it is, stands in no frame of another site, and tells no other site where it is.
 PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
@@ -157,6 +160,8 @@ class Explanation:
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
+        if self.job.method.draws:
+            told["sampling_error"] = attribution.sampling_error
         if self.versus is not None:
             told["versus"] = self.versus.as_json()
         if self.measured:
@@ -170,10 +175,16 @@ class Explanation:
     @cached_property
     def drawn(self) -> "Drawn":
         """The map's pictures."""
-        values, seen = fitted(self.values, self.picture.seen)
-        scale = Scale.of(values, self.job.signed, self.parameters.colormap, self.parameters.clip, self.job.unit)
-        overlay = draw_overlay(values, scale, seen, self.parameters.overlay)
-        return Drawn(scale, seen, draw_heatmap(values, scale), overlay)
+        asked = self.parameters
+        if asked.region is Region.CROP:
+            values, seen = fitted(self.values, self.picture.seen)
+            scale = Scale.of(values, self.job.signed, asked.colormap, asked.clip, self.job.unit)
+            return Drawn(scale, seen, draw_heatmap(values, scale), draw_overlay(values, scale, seen, asked.overlay))
+        whole = Whole.of(self.picture, self.values)
+        scale = Scale.of(self.values, self.job.signed, asked.colormap, asked.clip, self.job.unit)
+        heatmap = draw_heatmap(whole.values, scale)
+        overlay = draw_overlay(whole.values, scale, whole.picture, asked.overlay)
+        return Drawn(scale, *(whole.marked(one, one is not heatmap) for one in (whole.picture, heatmap, overlay)))
 
 
 @dataclass(frozen=True)
@@ -218,11 +229,21 @@ def as_png(report: Report) -> Answer:
     """Answer the overlay with its scale, or a labelled contact sheet of several."""
     if len(report.explanations) == 1:
         drawn = report.explanations[0].drawn
-        return Answer(png(with_scale(drawn.overlay, drawn.scale)), "image/png")
+        return Answer(_fit_png(with_scale(drawn.overlay, drawn.scale)), "image/png")
     predicted = report.predicted
-    cells = [Cell(report.explanations[0].drawn.seen, predicted.label, f"predicted, {predicted.measure}")]
-    cells += [Cell(e.drawn.overlay, e.method, describe(e), e.drawn.scale) for e in report.explanations]
-    return Answer(png(contact_sheet(cells)), "image/png")
+    cells = [Cell(_on_sheet(report.explanations[0].drawn.seen), predicted.label, f"predicted, {predicted.measure}")]
+    cells += [Cell(_on_sheet(e.drawn.overlay), e.method, describe(e), e.drawn.scale) for e in report.explanations]
+    return Answer(_fit_png(contact_sheet(cells)), "image/png")
+
+
+def _on_sheet(picture: Image.Image) -> Image.Image:
+    """Return a picture reduced to what a contact sheet has room for."""
+    return ImageOps.contain(picture, (SHEET_SIDE,) * 2) if max(picture.size) > SHEET_SIDE else picture
+
+
+def _fit_png(picture: Image.Image) -> bytes:
+    """Encode a picture in all its colours where that is small."""
+    return png(picture) if picture.width * picture.height < FULL_COLOUR else small_png(picture)
 
 
 def as_npy(report: Report) -> Answer:
@@ -270,8 +291,9 @@ def describe(explanation: Explanation) -> str:
     told = f"{explanation.question}, {explanation.target.measure}"
     if (layer := explanation.used().get("layer")) is not None:
         told += f", {layer}"
-    error = explanation.explained.value.completeness_error
-    return told if error is None else f"{told}, completeness error {error:.1%}"
+    found = explanation.explained.value
+    errors = {"completeness": found.completeness_error, "sampling": found.sampling_error}
+    return told + "".join(f", {name} error {error:.1%}" for name, error in errors.items() if error is not None)
 
 
 def _templates() -> jinja2.Environment:

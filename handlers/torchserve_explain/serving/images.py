@@ -1,7 +1,9 @@
 """Uploaded bytes become what the model sees, the way a person expects of their picture."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from math import ceil, floor
 
 import numpy as np
@@ -13,18 +15,20 @@ from torchvision import transforms
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.bombs import Upload, check_file, check_image, too_large
 from torchserve_explain.serving.errors import bad_request
-from torchserve_explain.serving.settings import Preprocessing
+from torchserve_explain.serving.settings import Prepare, Preprocessing
 
 log = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders that run no code of the file's
 ELONGATED = 8  # times longer than wide
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Picture:
     """An upload as the model sees it: `input` [C, H, W] normalised, and `seen`, the same as a picture.
 
-    `crop` is the part of the upright original (`width` x `height`) that is seen: left, top, right, bottom.
+    `crop` is the part of the upright original (`width` x `height`) that is seen: left, top, right, bottom; `box` the same
+    exactly, which may reach beyond a small original. `whole` decodes the original anew, since it may be large.
     """
 
     input: Tensor
@@ -32,17 +36,57 @@ class Picture:
     width: int
     height: int
     crop: tuple[int, int, int, int]
+    box: Box | None = None
+    whole: Callable[[], Image.Image] | None = None
 
 
 def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Picture:
     """Decode and prepare an upload; raises RequestError 400 (not an image) or 413 (too many pixels)."""
-    image = _upright(_decoded(data, pixel_limit), "L" if len(preprocessing.mean) == 1 else "RGB")
+    image = _whole(data, preprocessing, pixel_limit)
     width, height = image.size
+    again = cache(partial(_whole, data, preprocessing, pixel_limit))
+    if preprocessing.prepare is not None:
+        pixels, box = _prepared(image, preprocessing, preprocessing.prepare)
+        seen = image.crop(_outward(box)).resize(preprocessing.size[::-1], Image.Resampling.BILINEAR)
+        return Picture(preprocessing.normalization(pixels), seen, width, height, _within(box, image), box, again)
     trimmed, (x, y) = _trimmed(image, preprocessing)
     seen, (left, top, right, bottom) = _seen(trimmed, preprocessing)
-    # Outwards to whole pixels, and where a small image was padded no further than the image.
-    crop = (max(0, floor(left + x)), max(0, floor(top + y)), min(width, ceil(right + x)), min(height, ceil(bottom + y)))
-    return Picture(as_input(seen, preprocessing), seen, width, height, crop)
+    box = left + x, top + y, right + x, bottom + y
+    return Picture(as_input(seen, preprocessing), seen, width, height, _within(box, image), box, again)
+
+
+def _whole(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Image.Image:
+    """Return an upload, upright, in the colours that the model sees."""
+    return _upright(_decoded(data, pixel_limit), preprocessing.mode)
+
+
+def _outward(box: Box) -> tuple[int, int, int, int]:
+    """Return a part in whole pixels that holds it."""
+    return floor(box[0]), floor(box[1]), ceil(box[2]), ceil(box[3])
+
+
+def _within(box: Box, image: Image.Image) -> tuple[int, int, int, int]:
+    """Return a part in whole pixels; where a small image was padded, it goes no further than the image."""
+    left, top, right, bottom = _outward(box)
+    return max(0, left), max(0, top), min(image.width, right), min(image.height, bottom)
+
+
+def _prepared(image: Image.Image, preprocessing: Preprocessing, prepare: Prepare) -> tuple[Tensor, Box]:
+    """Return what preprocess.py makes of a picture, and of which part; raises RequestError 400 where that does not fit."""
+    try:
+        pixels, box = prepare(image)
+        left, top, right, bottom = (0.0, 0.0, *image.size) if box is None else map(float, box)
+    except MemoryError:
+        raise
+    except Exception as error:  # it is the user's own code that runs here
+        raise bad_request(f"data: preprocess.py cannot take this image: {type(error).__name__}: {error}") from error
+    expected = (len(preprocessing.mean), *preprocessing.size)
+    if not isinstance(pixels, Tensor) or tuple(pixels.shape) != expected:
+        found = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise bad_request(f"data: preprocess.py makes {found} of this image; allowed: a tensor {list(expected)}")
+    if not (left < min(right, image.width) and top < min(bottom, image.height) and right > 0 and bottom > 0):
+        raise bad_request(f"data: preprocess.py shows {[left, top, right, bottom]} of this image; allowed: a part of it")
+    return pixels.float(), (left, top, right, bottom)
 
 
 def as_input(seen: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -105,7 +149,7 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
         log.debug("a broken EXIF block tells no orientation, and spoils nothing else: %r", error)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and mode != "RGBA":
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
@@ -145,7 +189,9 @@ def _seen(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image
     if preprocessing.resize is not None:
         size = preprocessing.resize
         size = list(size) if isinstance(size, tuple) else size  # type: ignore[assignment]
-        resized = transforms.Resize(size, preprocessing.interpolation_mode)(image)
+        resize = transforms.Resize(size, preprocessing.interpolation_mode)
+        # Pillow would lose colours where alpha is small.
+        resized = Image.merge("RGBA", [resize(band) for band in image.split()]) if image.mode == "RGBA" else resize(image)
     height, width = preprocessing.size
     seen = transforms.CenterCrop((height, width))(resized)
     left, top = ((whole - part) / 2 for whole, part in zip(resized.size, (width, height), strict=True))

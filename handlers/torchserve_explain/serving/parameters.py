@@ -15,6 +15,7 @@ from torchserve_explain.attribution.rows import Contrast, Score, Versus
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.colormaps import COLORMAPS
 from torchserve_explain.serving.errors import bad_request, shown
+from torchserve_explain.serving.regions import Region
 
 # Far beyond every limit, and short enough to be split and looked at item by item.
 LONGEST_LIST, LONGEST_TEXT = 1000, 100_000
@@ -94,6 +95,7 @@ class Parameters(BaseModel):
         json_schema_extra={"enum": list(COLORMAPS)},
     )
     overlay: Number = Field(0.5, ge=0, le=1, description="an opacity from 0 to 1")
+    region: Region = Field(Region.CROP, description=_one_of(Region))
     clip: Number = Field(99, gt=0, le=100, description="a percentile above 0, at most 100")
 
     def methods(self, name: str) -> list[Method]:
@@ -124,7 +126,7 @@ def _field(parameter: Any) -> tuple[Any, Any]:
         return parameter | None, Field(None, description=_one_of(parameter))
     kind, allowed = get_args(parameter)
     bounds = {"ge": allowed.ge, "gt": allowed.gt, "le": allowed.le, "lt": allowed.lt}
-    return (Number if kind is float else Whole) | None, Field(None, description=allowed.words, **bounds)
+    return (Number if float in (kind, *get_args(kind)) else Whole) | None, Field(None, description=allowed.words, **bounds)
 
 
 def _of_methods() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torchserve_explain.serving.settings import Explanations
 class Item:
     """What is to be explained of one image: every method for every target (None: the predicted class), alone or `versus`.
 
-    `budget` is how many rows a method may take that decides for itself.
+    `spare` is how many rows a method may take beside its least that decides for itself.
     """
 
     image: bytes
@@ -36,7 +36,7 @@ class Item:
     targets: Sequence[int | None]
     smoothing: Smoothing | None
     versus: Versus | None = None
-    budget: int = 0
+    spare: int = 0
 
     @property
     def maps(self) -> int:
@@ -49,10 +49,9 @@ class Item:
         repeats = sum(quality.repeats for quality in self.parameters.qualities().values())
         return (1 + repeats) * (1 if self.smoothing is None else self.smoothing.samples)
 
-    def fixed_rows(self, classifier: Classifier, adaptive: bool) -> int:
-        """Return how many rows its methods take, those that are adaptive (the least of them) or those that are not."""
-        chosen = [method for method in self.methods if method.adaptive is adaptive]
-        return self.copies * len(self.targets) * sum(method.evaluations(classifier) for method in chosen)
+    def least_rows(self, classifier: Classifier) -> int:
+        """Return how many rows its methods take at least."""
+        return self.copies * len(self.targets) * sum(method.evaluations(classifier) for method in self.methods)
 
     @property
     def quality_rows(self) -> int:
@@ -60,7 +59,7 @@ class Item:
         return self.maps * sum(quality.rows() for quality in self.parameters.qualities().values())
 
     @property
-    def paths(self) -> int:
+    def adaptive_runs(self) -> int:
         """How often an adaptive method is run."""
         return self.copies * len(self.targets) * sum(method.adaptive for method in self.methods)
 
@@ -159,21 +158,16 @@ class Planner:
         return method
 
     def _within_budget(self, items: list[Item]) -> list[Item]:
-        """Refuse what costs more than a request may; what the fixed rows leave is shared by the adaptive paths."""
+        """Refuse what costs more than a request may; what is left is shared by the methods that decide for themselves."""
         maps = sum(item.maps for item in items)
         if maps > self._limits.explanations:
             raise over_limit(f"{maps} explanations asked for; allowed: at most {self._limits.explanations} a request")
         limit = self._limits.evaluations
-        fixed = sum(item.quality_rows + item.fixed_rows(self._classifier, adaptive=False) for item in items)
-        least = fixed + sum(item.fixed_rows(self._classifier, adaptive=True) for item in items)
+        least = sum(item.quality_rows + item.least_rows(self._classifier) for item in items)
         if least > limit:
             raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
-        most = max((one.evaluations(self._classifier) for item in items for one in item.methods if one.adaptive), default=0)
-        if most > self._limits.path_evaluations:
-            raise over_limit(f"{most} evaluations asked for; allowed: at most {self._limits.path_evaluations} a path")
-        paths = sum(item.paths for item in items)
-        budget = min(self._limits.path_evaluations, (limit - fixed) // max(1, paths))
-        return [replace(item, budget=budget) for item in items]
+        spare = (limit - least) // max(1, sum(item.adaptive_runs for item in items))
+        return [replace(item, spare=spare) for item in items]
 
 
 def own_row(item: Item, classifier: Classifier) -> dict[str, Any]:

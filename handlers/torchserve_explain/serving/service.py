@@ -16,7 +16,7 @@ from torchserve_explain.attribution.computation import Computation, Piece, Resul
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import Case
+from torchserve_explain.attribution.methods import Case, Method
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.quality import Measurement
 from torchserve_explain.attribution.rows import Contrast, Evaluation, Known, Rows, Score, Versus
@@ -184,8 +184,7 @@ class Service:
     def _explain(self, item: Item, arrived: float) -> Computation[Report]:
         """Return the explanations of one image, each measured as it is asked for."""
         deadline = arrived + (item.parameters.timeout or self.limits.seconds)
-        least = sum(item.fixed_rows(self.classifier, adaptive) for adaptive in (False, True))
-        (report,) = yield from results([Piece(self._explained(item, deadline), least)], deadline)
+        (report,) = yield from results([Piece(self._explained(item, deadline), item.least_rows(self.classifier))], deadline)
         return report.value
 
     def _explained(self, item: Item, deadline: float) -> Computation[Report]:
@@ -195,7 +194,7 @@ class Service:
         targets = [predicted if target is None else target for target in item.targets]
         if item.versus in targets:  # known only now where the predicted class is explained
             raise self._labels.no_contrast(predicted)
-        jobs = [Job(method, self._case(item, seen, target), item.smoothing) for method in item.methods for target in targets]
+        jobs = [Job(one, self._case(item, seen, target, one), item.smoothing) for one in item.methods for target in targets]
         now = time.monotonic()
         patience = now + QUALITY_SHARE * (deadline - now)
         pieces = [Piece(self._explanation(job, item, seen, patience), job.evaluations) for job in jobs]
@@ -243,13 +242,13 @@ class Service:
         known = Known(found[0], placed, target, score, result.seconds, resolved(versus, logits, target))
         return Seen(picture, known, logits, self.classifier.head.values(logits))
 
-    def _case(self, item: Item, seen: Seen, target: int) -> Case:
+    def _case(self, item: Item, seen: Seen, target: int, method: Method) -> Case:
         score, seed, versus = item.parameters.score, item.parameters.seed, resolved(item.versus, seen.logits, target)
         known_score = score_of(self.classifier.head, seen.logits, target, score, versus)
+        budget = min(self.limits.most(method), method.evaluations(self.classifier) + item.spare)
         return Case(
-            self.classifier, seen.known.input, target, score, known_score, seed, budget=item.budget, known=seen.known,
-            versus=versus,
-        )  # fmt: skip
+            self.classifier, seen.known.input, target, score, known_score, seed, budget=budget, known=seen.known, versus=versus
+        )
 
     def _class(self, seen: Seen, index: int) -> Class:
         label, value = self._labels.names[index], float(seen.values[index])

@@ -1,16 +1,32 @@
 """An archive's settings: the sections that model-config.yaml holds for the handler, beside TorchServe's own keys."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from PIL import Image
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from torch import Tensor
 from torchvision import transforms
 
 from torchserve_explain.attribution.classifier import Normalization
 from torchserve_explain.attribution.heads import Head
-from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.attribution.methods import METHODS, Method
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.serving.errors import shown
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
+# What preprocess.py defines: from a picture, pixels [C, H, W] and the part of the picture that they show (None: all).
+Prepare = Callable[[Image.Image], tuple[Tensor, tuple[float, float, float, float] | None]]
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
@@ -24,21 +40,47 @@ class Section(BaseModel):
 
 
 class Preprocessing(Section):
-    """How an image becomes the model's input: resize (shorter side, or [height, width]), centre crop, normalise."""
+    """How an image becomes the model's input: resize (shorter side, or [height, width]), centre crop, normalise.
+
+    An image has as many channels as `mean`: 1 (grey), 3 (colours) or 4 (with alpha). With `code` the archive's preprocess.py
+    takes the place of resize and crop, of which only the size remains, and may make any number of channels.
+    """
 
     resize: Size | None = 256
     crop: Size | None = 224
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=3)] = (0.485, 0.456, 0.406)
-    std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=3)] = (0.229, 0.224, 0.225)
+    mean: Annotated[tuple[float, ...], Field(min_length=1, max_length=64)] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=64)] = (0.229, 0.224, 0.225)
+    code: Literal["preprocess.py"] | None = None
+    _prepare: Prepare | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _fixed_size(self) -> "Preprocessing":
-        if len(self.mean) != len(self.std) or len(self.mean) == 2:
-            raise ValueError("mean and std hold three numbers each, or one for a greyscale model")
+        if len(self.mean) != len(self.std) or (self.code is None and len(self.mean) not in MODES):
+            raise ValueError(
+                "mean and std hold three numbers each, or one for a greyscale model, or four with an alpha channel"
+            )
         if self.crop is None and not isinstance(self.resize, tuple):
             raise ValueError("without a crop, resize must be [height, width], so that images can share a batch")
         return self
+
+    @property
+    def mode(self) -> str:
+        """What Pillow calls a picture of as many channels as the model sees, or of colours where it calls that nothing."""
+        return MODES.get(len(self.mean), "RGB")
+
+    @property
+    def prepare(self) -> Prepare | None:
+        """The function of preprocess.py; raises RuntimeError where it is to be used and has not been loaded."""
+        if self.code is not None and self._prepare is None:
+            raise RuntimeError("preprocess.py has not been loaded: take the settings of Archive.load")
+        return self._prepare
+
+    def prepared_by(self, prepare: Prepare) -> "Preprocessing":
+        """Return the same with the function of preprocess.py."""
+        loaded = self.model_copy()
+        loaded._prepare = prepare
+        return loaded
 
     @property
     def size(self) -> tuple[int, int]:
@@ -62,6 +104,7 @@ class Limits(Section):
 
     evaluations: PositiveInt = 4000  # rows a request
     path_evaluations: Annotated[int, Field(ge=9)] = 400  # rows one adaptive path takes at most
+    sampling_evaluations: PositiveInt = 2000  # rows one map takes at most whose draws go on until max_sampling_error
     methods: PositiveInt = 30
     targets: PositiveInt = 5
     layers: PositiveInt = 5
@@ -72,6 +115,10 @@ class Limits(Section):
     pack: PositiveInt = 16  # rows a pass; halved where memory does not suffice
     quantum: PositiveInt = 25  # milliseconds after which TorchServe may hand over what has arrived meanwhile
     seconds: PositiveFloat = 60.0  # a request, from its arrival in the worker; below responseTimeout, which kills the worker
+
+    def most(self, method: Method) -> int:
+        """Return how many rows a method may take for one map that decides for itself."""
+        return self.sampling_evaluations if method.draws else self.path_evaluations
 
 
 class Explanations(Section):

@@ -69,13 +69,15 @@ Deviation = Annotated[float, Range("a fraction of the input's range from 0 to 1"
 class Attribution:
     """A map [channels, H, W] of contributions, summed over its channels when shown (positive: raises the score).
 
-    `baseline_score` and `completeness_error` are None where the method has no completeness axiom. `refinement` holds
-    rows and completeness error after each round of a path that was refined.
+    `baseline_score` and `completeness_error` are None where the method has no completeness axiom, `sampling_error` where it
+    draws nothing, or too little to know. `refinement` holds rows and completeness error after each round of a path that
+    was refined.
     """
 
     map: Tensor
     baseline_score: float | None = None
     completeness_error: float | None = None
+    sampling_error: float | None = None
     refinement: tuple[tuple[int, float], ...] = ()
 
 
@@ -183,6 +185,7 @@ class Method:
     needs_gradient: ClassVar[bool] = True  # False: the model's outputs suffice
     own_row: ClassVar[OwnRow | None] = None
     adaptive: ClassVar[bool] = False  # True: it chooses how many rows it takes, at most `case.budget`
+    draws: ClassVar[bool] = False  # True: its map is an estimate from random samples
 
     def evaluations(self, classifier: Classifier) -> int:
         """Return how many evaluations one map costs; for an adaptive method the least."""

@@ -20,13 +20,9 @@ from torchserve_explain.attribution.methods.completeness import completeness_err
 from torchserve_explain.attribution.methods.method import (
     Attribution,
     Case,
-    Deviation,
-    Draw,
     MaxError,
     Method,
-    Samples,
     Steps,
-    stacked,
 )
 from torchserve_explain.attribution.rows import Evaluation
 
@@ -239,75 +235,3 @@ class _Interval:
 
     def __lt__(self, other: "_Interval") -> bool:
         return abs(self.error) > abs(other.error)
-
-
-@dataclass(frozen=True)
-class GradientShap(Method):
-    """Expected gradients: gradients at random points of paths from baselines to the (noisy) input.
-
-    map = E[(x + e - b) * dF(b + u (x + e - b))/dx], u uniform in [0, 1], e Gaussian of `stdev` times the
-    input's range, b the baseline (with `noise` another one for each sample, with `references` all in turn). It sums to
-    F(x) - E[F(b)] in expectation; the completeness error is this sample's. arXiv:1906.10670, equation 7; SHAP's
-    GradientExplainer.
-    """
-
-    name: ClassVar[str] = "gradient_shap"
-
-    baseline: Baseline = Baseline.BLACK
-    samples: Samples = 50
-    stdev: Deviation = 0.0
-
-    def evaluations(self, classifier: Classifier) -> int:
-        return self.samples + (self.samples if self.baseline is Baseline.NOISE else self.baseline.score_rows)
-
-    def attribute(self, case: Case) -> Computation[Attribution]:
-        draws = _Draws(self, case)
-        attribution, scores = yield from both(draws.expectation(), draws.scores())
-        baseline_score = fmean(scores)
-        return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score))
-
-
-class _Draws:
-    """The random paths of one case, from a baseline to the input, and a point on each; all are one path without draws."""
-
-    def __init__(self, method: GradientShap, case: Case) -> None:
-        self._method, self._case = method, case
-        self._noise = method.baseline is Baseline.NOISE
-        self._in_turn = method.baseline.in_turn(case)
-        # One random offset for evenly spaced points: as unbiased as free draws of u, with a smaller error.
-        self._offset = case.draw(Draw.PATH, 0).random()
-
-    def baseline(self, sample: int) -> Tensor:
-        """Return the start of a sample's path."""
-        return self._method.baseline.image(self._case, sample) if self._noise else self._in_turn(sample)
-
-    def scores(self) -> Computation[list[float]]:
-        """Return the scores of all starts."""
-        if self._noise:
-            return self._case.scores(self._method.samples, self.baseline)
-        return self._method.baseline.scores(self._case)
-
-    def end(self, sample: int) -> Tensor:
-        """Return the end of a sample's path."""
-        stdev = self._method.stdev
-        return self._case.input + self._case.noise(sample, stdev) if stdev else self._case.input
-
-    def point(self, sample: int) -> Tensor:
-        """Return the point of a sample's path where its gradient is taken."""
-        fraction = (sample + self._offset) / self._method.samples
-        return torch.lerp(self.baseline(sample), self.end(sample), fraction)
-
-    def expectation(self) -> Computation[Tensor]:
-        """Return the mean over samples of path times gradient."""
-        samples, point = self._method.samples, stacked(self.point)
-        if not (self._noise or self._method.stdev or self._method.baseline is Baseline.REFERENCES):
-            mean = yield from self._case.weighted_gradient(self._case.input.new_full((samples,), 1 / samples), point)
-            return mean * (self._case.input - self.baseline(0))
-        total = torch.zeros_like(self._case.input)
-
-        def add(start: int, evaluation: Evaluation) -> None:
-            for sample, gradient in enumerate(evaluation.gradients, start):
-                total.add_(gradient * (self.end(sample) - self.baseline(sample)), alpha=1 / samples)
-
-        yield [self._case.rows(samples, point, add)]
-        return total

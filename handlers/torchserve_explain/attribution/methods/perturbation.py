@@ -1,5 +1,6 @@
 """Perturbation: the score with parts of the image hidden; forward rows alone."""
 
+from copy import copy
 from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
@@ -11,6 +12,7 @@ from torch.nn.functional import interpolate
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both
 from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.drawing import DrawingMethod, error_of_halves
 from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Family, Method, Samples, stacked
 from torchserve_explain.attribution.rows import Evaluation
 
@@ -67,41 +69,66 @@ def _slices(length: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class Rise(Method):
+class Rise(DrawingMethod):
     """How much higher the score is, on average over random masks, where a pixel is shown.
 
     map[p] = sum_i M_i(p) F(x under M_i) / sum_i M_i(p) - mean_i F(x under M_i), signed; M_i is 7 x 7 random cells, half of
-    them shown, enlarged and shifted; arXiv:1806.07421, equation 6, by each pixel's own sum, less the mean score.
+    them shown, enlarged and shifted; arXiv:1806.07421, equation 6, by each pixel's own sum, less the mean score. The
+    sampling error is that of halves.
     """
 
     name: ClassVar[str] = "rise"
     family: ClassVar[Family] = Family.NO_GRADIENTS
     needs_gradient: ClassVar[bool] = False
 
-    baseline: Baseline = Baseline.BLACK
     samples: Samples = 300
 
     def evaluations(self, classifier: Classifier) -> int:
         return self.samples
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        hidden = self.baseline.in_turn(case)
-        shown, score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
-        scores: list[float] = []
+        hidden, sums = self.baseline.in_turn(case), [_MaskSums(case) for _ in range(2)]
 
-        def masked(number: int) -> Tensor:
-            return torch.lerp(hidden(number), case.input, random_mask(case, number))
+        def estimate(numbers: range) -> Computation[Attribution]:
+            def masked(row: int) -> Tensor:
+                return torch.lerp(hidden(numbers[row]), case.input, random_mask(case, numbers[row]))
 
-        def add(start: int, evaluation: Evaluation) -> None:
-            for number, score in enumerate(evaluation.scores.tolist(), start):
-                mask = random_mask(case, number)
-                shown.add_(mask)
-                score_shown.add_(mask, alpha=score)
-                scores.append(score)
+            def add(start: int, evaluation: Evaluation) -> None:
+                for number, score in zip(numbers[start:], evaluation.scores.tolist(), strict=False):
+                    sums[self.half(case, number)].add(random_mask(case, number), score)
 
-        yield [case.rows(self.samples, stacked(masked), add, gradient=False)]
-        mean = sum(scores) / len(scores)
-        return Attribution((score_shown / shown.clamp(min=1e-6) - mean) * (shown > 0))
+            yield [case.rows(len(numbers), stacked(masked), add, gradient=False)]
+            one, other = sums
+            whole = (one + other).map()
+            return Attribution(whole, sampling_error=error_of_halves(whole, one.map(), other.map()) if other.count else None)
+
+        return self.drawn(case, estimate)
+
+
+class _MaskSums:
+    """The sums over masks of what was shown, and of that times the score."""
+
+    def __init__(self, case: Case) -> None:
+        self._shown, self._score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
+        self._score, self.count = 0.0, 0
+
+    def add(self, mask: Tensor, score: float) -> None:
+        """Take one mask [1, H, W] in."""
+        self._shown += mask
+        self._score_shown.add_(mask, alpha=score)
+        self._score += score
+        self.count += 1
+
+    def __add__(self, other: "_MaskSums") -> "_MaskSums":
+        both = copy(self)
+        for name, value in vars(other).items():
+            setattr(both, name, getattr(self, name) + value)
+        return both
+
+    def map(self) -> Tensor:
+        """Return the map [1, H, W]: where nothing was shown it is zero."""
+        mean = self._score / self.count
+        return (self._score_shown / self._shown.clamp(min=1e-6) - mean) * (self._shown > 0)
 
 
 def random_mask(case: Case, number: int) -> Tensor:
