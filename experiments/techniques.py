@@ -76,7 +76,8 @@ def measure(engine: Engine, picture: Picture, perturbations: int, path: Path) ->
         finished, milliseconds = timed(engine, job)
         (steady,) = engine.results([Measurement(MaxSensitivity(samples=perturbations), job, finished.value)])
         values = finished.value.map.sum(0).float().cpu().numpy()
-        cells += [(heatmap(values), technique.name, "positive part"), (overlaid(pixels, values), technique.name, "blended")]
+        title = technique.name.replace("integrated_gradients", "IG")
+        cells += [(heatmap(values), title, "positive part"), (overlaid(pixels, values), title, "blended")]
         rows.append(
             {
                 "technique": technique.name,
