@@ -50,7 +50,10 @@ def main() -> None:
         ),
     }
     transferred = every[f"{options.backbone}, head"]
-    tables = {"accuracy": accuracies(every), f"maps of the {COOT}": explain_coots(transferred, options.data, options.out)}
+    tables = {
+        "accuracy": accuracies(every),
+        f"maps of the {COOT}": explain_coots(transferred, options.data, options.out, options.explained),
+    }
     save_curves(options.out / "pictures" / "curves.png", {name: one.metrics for name, one in list(every.items())[:2]})
     save_confusion(options.out / "pictures" / "confusion.png", transferred.metrics)
     write(options.out, {name: one.metrics["test"] for name, one in every.items()}, tables)
@@ -60,14 +63,15 @@ def _more(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cnn-epochs", type=int, default=15, help="of the CNN from nothing (default: %(default)s)")
     command.add_argument("--draw", type=int, default=45, help="GAN images of each class (default: %(default)s)")
     command.add_argument("--draw-steps", type=int, default=150, help="that each class's GAN learns (default: %(default)s)")
+    command.add_argument("--explained", type=int, default=15, help="pictures of a coot (default: %(default)s)")
     command.add_argument("--cnn-size", type=int, default=64, help="of the CNN's input (default: %(default)s)")
 
 
-def explain_coots(trained: Trained, data: Path, out: Path) -> list[Row]:
-    """Explain every test picture of a coot; draw some, and the mean maps; return how much lies in the image's centre."""
+def explain_coots(trained: Trained, data: Path, out: Path, explained: int) -> list[Row]:
+    """Explain test pictures of a coot; draw some, and the mean maps; return how much lies in the image's centre."""
     label = trained.classes.index(COOT)
     read = read_folder(data, trained.preprocessing, read_recipe("birds")[0].ratio, trained.metrics["seed"])
-    images = [trained.pixels(sample.path) for sample in read.splits["test"] if sample.label == label]
+    images = [trained.pixels(sample.path) for sample in read.splits["test"] if sample.label == label][:explained]
     targets, centre = [label] * len(images), centre_square(images[0].shape[0])
     examples: list[Any] = [[(Image.fromarray(image), COOT, "test picture")] for image in images[:4]]
     means, rows = [], []

@@ -10,6 +10,8 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 DOTS = 100  # an inch
 MANY = 6  # classes whose names are turned
+FEW = 3  # trainings that are drawn on the training images too
+SPLITS = (("training", ""), ("validation", "val_"))
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -28,12 +30,12 @@ def save_chart(path: Path, panels: Mapping[str, Mapping[str, Points]], x_title: 
 
 
 def save_curves(path: Path, every: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the loss and the accuracy of each epoch, of trainings' metrics by their names."""
+    """Draw the loss and the accuracy of each epoch, of trainings' metrics by their names; of many, on the validation images."""
     panels: dict[str, dict[str, Points]] = {"loss": {}, "accuracy": {}}
     for name, metrics in every.items():
         numbers = range(1, len(metrics["epochs"]) + 1)
         for key, lines in panels.items():
-            for split, prefix in (("training", ""), ("validation", "val_")):
+            for split, prefix in SPLITS[len(every) > FEW :]:
                 lines[f"{name}, {split}"] = (numbers, [epoch[prefix + key] for epoch in metrics["epochs"]])
     save_chart(path, panels, "epoch")
 

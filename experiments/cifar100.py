@@ -29,7 +29,7 @@ STEPS = 16  # of insertion and deletion
 def main() -> None:
     """Run the experiment that the command line asks for."""
     options = arguments("cifar100", __doc__, _more)
-    folder = chosen_classes(options.data, options.out / "images", options.every)
+    folder = chosen_classes(options.data, options.out / f"one-in-{options.every}", options.every)
     recipe, _ = read_recipe("cifar100")
     tuned = ("--backbone", options.backbone, "--part", "head", "--views", "2", "--epochs", "15", "--learning-rate", "5e-3")
     nothing = ("--weights", "random", "--size", str(SIZE), "--epochs", str(options.epochs))

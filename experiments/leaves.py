@@ -54,7 +54,7 @@ def main() -> None:
     tables["mean difference"] = [difference(name, trained) for name, trained in every.items()]
     rocs = {name: trained.metrics["roc"]["test"] for name, trained in every.items()}
     lines = {f"trained {name}": (roc["false_positives"], roc["true_positives"]) for name, roc in rocs.items()}
-    save_chart(options.out / "pictures" / "roc.png", {"true positives of Black rot, test": lines}, "false positives")
+    save_chart(options.out / "pictures" / "roc.png", {f"true positives of {plain.classes[1]}": lines}, "false positives")
     write(options.out, figures, tables)
 
 

@@ -76,7 +76,8 @@ def measure(engine: Engine, picture: Picture, perturbations: int, path: Path) ->
         finished, milliseconds = timed(engine, job)
         (steady,) = engine.results([Measurement(MaxSensitivity(samples=perturbations), job, finished.value)])
         values = finished.value.map.sum(0).float().cpu().numpy()
-        cells += [(heatmap(values), technique.name, "positive part"), (overlaid(pixels, values), technique.name, "blended")]
+        title = technique.name.replace("integrated_gradients", "IG")
+        cells += [(heatmap(values), title, "positive part"), (overlaid(pixels, values), title, "blended")]
         rows.append(
             {
                 "technique": technique.name,
@@ -91,8 +92,7 @@ def measure(engine: Engine, picture: Picture, perturbations: int, path: Path) ->
 
 
 def timed(engine: Engine, job: Job) -> tuple[Result[Attribution], float]:
-    """Make a map twice; return it, and the milliseconds of processor that the second one took, whatever else runs beside it."""
-    engine.results([job])
+    """Make a map; return it, and the milliseconds of processor that it took, whatever else runs beside it."""
     began = time.process_time()
     (finished,) = engine.results([job])
     return finished, 1000 * (time.process_time() - began)

@@ -189,15 +189,13 @@ def test_the_leaves_command_sees_what_decides(monkeypatch, tmp_path):
     def picture(number, seed):
         return Image.fromarray(drawn_leaf(BLUE if number else GREY, bool(number), seed)[0])
 
-    tables, pictures = run(monkeypatch, tmp_path, leaves, write(tmp_path / "data", ("healthy", "sick"), picture, 8))
+    tables, pictures = run(monkeypatch, tmp_path, leaves, write(tmp_path / "data", ("healthy", "sick"), picture, 6))
     assert [row["AUC, test"] for row in tables["mean difference"]] == [1, 1]
     plain, cut = (
         {row["change"]: row for row in tables[f"changed pictures, trained {name}"]} for name in ("as photographed", "cut out")
     )
-    assert (
-        plain["ground alone"]["AUC"] > 0.9 and cut["ground alone"]["AUC"] < 0.9
-    )  # the ground tells, but not where it is cut off
-    assert cut["diseased places painted over"]["accuracy"] < cut["as it is"]["accuracy"] == 1
+    assert plain["ground alone"]["AUC"] > 0.9 > cut["ground alone"]["AUC"]  # it tells the class, but where it is cut off
+    assert cut["diseased places painted over"]["g: sick"] < cut["as it is"]["g: sick"] - 0.05
     assert {"roc.png", "means.webp", "examples.webp"} == pictures
 
 
@@ -220,7 +218,7 @@ def test_the_cifar100_command(monkeypatch, tmp_path):
     assert ("mobilenet_v3_large", "2 x 2") in grids and ("lite0, head, at 128", "4 x 4") in grids
     assert ("mobilenet_v3_large", "1 x 1") not in grids  # of one pixel there is no map
     assert len(tables["accuracy"]) == 4 and {"scratch.png", "mobilenet_v3_large means.webp"} <= pictures
-    assert [path.name for path in (tmp_path / "out" / "images" / "train").iterdir()] == ["apple", "can"]
+    assert [path.name for path in (tmp_path / "out" / "one-in-2" / "train").iterdir()] == ["apple", "can"]
 
 
 @pytest.mark.live

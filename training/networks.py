@@ -72,7 +72,7 @@ def build(name: str, weights: str, classes: int, part: Part, first: str | None =
     else:
         model = build_pretrained(name) if weights == PRETRAINED else _from_file(name, Path(weights))
         _replace_head(model, classes)
-    if weights == RANDOM and name not in FROM_SCRATCH:
+    if weights == RANDOM and name not in FROM_SCRATCH and part is not Part.ALL:
         warnings.warn(f"{name} starts from random weights: its frozen part knows nothing of images", stacklevel=2)
     return divided(model, part, first or BACKBONES[name].last_stage)
 
