@@ -119,7 +119,7 @@ class Explanation:
         method = self.job.method
         own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
         if own.get("steps") is not None:
-            own.pop("max_error", None)
+            own |= {"max_error": None, "max_map_error": None}
         if own.get("rule") is PathRule.RIEMANN:  # told only where it is the other: a default answer stays as it was
             own.pop("rule")
         if "layer" in own:
@@ -151,6 +151,8 @@ class Explanation:
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
+        if attribution.map_error is not None:
+            told["map_error"] = attribution.map_error
         if self.versus is not None:
             told["versus"] = self.versus.as_json()
         if self.measured:

@@ -124,7 +124,7 @@ def _field(parameter: Any) -> tuple[Any, Any]:
         return parameter | None, Field(None, description=_one_of(parameter))
     kind, allowed = get_args(parameter)
     bounds = {"ge": allowed.ge, "gt": allowed.gt, "le": allowed.le, "lt": allowed.lt}
-    return (Number if kind is float else Whole) | None, Field(None, description=allowed.words, **bounds)
+    return (Number if float in (kind, *get_args(kind)) else Whole) | None, Field(None, description=allowed.words, **bounds)
 
 
 def _of_methods() -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_parameters(*layers: Mapping[str, object]) -> Parameters:
     merged: dict[str, object] = {}
     for layer in layers:
         given = {key: value for key, value in layer.items() if value is not None}  # JSON null: not given
-        if "max_error" in given:
+        if given.keys() & {"max_error", "max_map_error"}:
             merged.pop("steps", None)  # steps chosen by a weaker layer would silence it
         merged |= given
     for name, value in merged.items():

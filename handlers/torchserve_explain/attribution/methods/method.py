@@ -59,12 +59,14 @@ Deviation = Annotated[float, Range("a fraction of the input's range from 0 to 1"
 class Attribution:
     """A map [channels, H, W] of contributions, summed over its channels when shown (positive: raises the score).
 
-    `baseline_score` and `completeness_error` are None where the method has no completeness axiom.
+    `baseline_score` and `completeness_error` are None where the method has no completeness axiom, `map_error` (an estimate
+    of the l2 distance to the exact map, as a fraction of the map's norm) where it is not known.
     """
 
     map: Tensor
     baseline_score: float | None = None
     completeness_error: float | None = None
+    map_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Path methods: gradients between a baseline and the input."""
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import ClassVar
+from math import sqrt
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torchserve_explain.attribution.methods.method import (
     Draw,
     MaxError,
     Method,
+    Range,
     Samples,
     Steps,
     stacked,
@@ -30,6 +32,9 @@ from torchserve_explain.attribution.rows import Evaluation
 
 FIRST_INTERVALS = 8  # of the bisected path
 BISECTED_AT_ONCE = 8  # intervals a round
+# What is left of an interval's share of the map's error in each half: along a path of a network with kinks the gradient
+# moves like a random walk, so half as long a piece has a change smaller by sqrt(2).
+HALVED = 1 / sqrt(8)
 
 
 class PathRule(StrEnum):
@@ -45,11 +50,16 @@ class IntegratedGradients(Method):
 
     map = (x - b) * integral_0^1 dF(b + t (x - b))/dx dt; it sums to F(x) - F(b); arXiv:1703.01365, equation 1.
     With `steps`: that many Gauss-Legendre nodes. Else the intervals of the path with the largest error are bisected, with
-    trapezoid weights, until the completeness error is at most `max_error` or the case's budget of rows is spent.
+    trapezoid weights, until the completeness error is at most `max_error`, and, where it is given, the map error at most
+    `max_map_error`, or until the case's budget of rows is spent.
+
+    The map error is |map - exact map| / |map|, l2, of the maps summed over channels. It is estimated as the distance to the
+    same path with every second node left out, over sqrt(3): of a random walk the trapezoid rule errs by a third of what
+    that changes, in squares.
 
     With `rule` idgi the rise of the score on each interval is shared by the squared gradient at its start, sum of g^2 /
     |g|^2 (F(x_j+1) - F(x_j)): what gradients across the path add is left out; arXiv:2303.14242, algorithm 1. The intervals
-    are the same, or `steps` of one length.
+    are the same, or `steps` of one length; the map error is not known, and `max_map_error` bounds nothing.
     """
 
     name: ClassVar[str] = "integrated_gradients"
@@ -58,6 +68,7 @@ class IntegratedGradients(Method):
     max_error: MaxError = 0.05
     steps: Steps = None
     rule: PathRule = PathRule.RIEMANN
+    max_map_error: Annotated[float | None, Range("a fraction above 0, at most 1", gt=0, le=1)] = None
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
@@ -70,7 +81,7 @@ class IntegratedGradients(Method):
     def attribute(self, case: Case) -> Computation[Attribution]:
         path = _Path(case, self.baseline.image(case))
         if self.steps is None:
-            return (yield from path.bisected(self.max_error, self.rule))
+            return (yield from path.bisected(self.max_error, self.max_map_error, self.rule))
         if self.rule is PathRule.IDGI:
             return (yield from path.important_directions(self.steps))
         return (yield from path.gauss_legendre(self.steps))
@@ -83,6 +94,7 @@ class _Path:
         self._case = case
         self._baseline = baseline
         self._step = case.input - baseline
+        self._known: dict[tuple[float, float], float] = {}  # the roughness of intervals
 
     def gauss_legendre(self, steps: int) -> Computation[Attribution]:
         """Integrate with fixed nodes; memory does not grow with their number."""
@@ -110,32 +122,44 @@ class _Path:
         error = completeness_error(float(shares.sum()), scores[-1], scores[0])
         return Attribution(shares, scores[0], error)
 
-    def bisected(self, max_error: float, rule: PathRule) -> Computation[Attribution]:
-        """Bisect the intervals with the largest error; completeness holds on each, so each one's own error is known."""
+    def bisected(self, max_error: float, max_map_error: float | None, rule: PathRule) -> Computation[Attribution]:
+        """Bisect the intervals that err most: in the map, then in the score, whose rise on each is known."""
         nodes = yield from self._nodes([i / FIRST_INTERVALS for i in range(FIRST_INTERVALS + 1)])
-        first, last = nodes[0], nodes[-1]
-        intervals = [_Interval(left, right) for left, right in pairwise(nodes)]
-        heapq.heapify(intervals)
-        while (left_over := self._case.budget - len(intervals) - 1) > 0:
-            rise = sum(interval.rise for interval in intervals)
-            if completeness_error(rise, last.score, first.score) <= max_error:
+        bounded = max_map_error if rule is PathRule.RIEMANN else None
+        # An interval cut several times in one round meets completeness with fewer rows, but leaves the map farther off.
+        halved = 0.0 if bounded is None else HALVED
+        while (left_over := self._case.budget - len(nodes)) > 0:
+            count = min(BISECTED_AT_ONCE, left_over)
+            if bounded is not None and self._map_error(nodes) > bounded:
+                at = _middles(nodes, self._roughness, halved, count)
+            elif completeness_error(sum(map(_rise, nodes, nodes[1:])), nodes[-1].score, nodes[0].score) > max_error:
+                at = _middles(nodes, _miss, halved, count)
+            else:
                 break
-            worst = [heapq.heappop(intervals) for _ in range(min(BISECTED_AT_ONCE, left_over))]
-            middles = yield from self._nodes([(interval.left.t + interval.right.t) / 2 for interval in worst])
-            for interval, middle in zip(worst, middles, strict=True):
-                heapq.heappush(intervals, _Interval(interval.left, middle))
-                heapq.heappush(intervals, _Interval(middle, interval.right))
-        attribution = torch.zeros_like(self._step)
-        for interval in intervals:
-            if rule is PathRule.IDGI:
-                _share(attribution, interval.left.gradient, interval.right.score - interval.left.score)
-                continue
-            for node in (interval.left, interval.right):
-                attribution.add_(node.gradient, alpha=interval.width / 2)
+            nodes = sorted([*nodes, *(yield from self._nodes(at))], key=lambda node: node.t)
         if rule is PathRule.RIEMANN:
-            attribution *= self._step
-        error = completeness_error(float(attribution.sum()), last.score, first.score)
-        return Attribution(attribution, first.score, error)
+            attribution, map_error = _trapezoid(nodes) * self._step, self._map_error(nodes)
+        else:
+            attribution, map_error = torch.zeros_like(self._step), None
+            for left, right in pairwise(nodes):
+                _share(attribution, left.gradient, right.score - left.score)
+        error = completeness_error(float(attribution.sum()), nodes[-1].score, nodes[0].score)
+        return Attribution(attribution, nodes[0].score, error, map_error)
+
+    def _shown(self, gradient: Tensor) -> Tensor:
+        """Return what a gradient contributes to the map [H, W], summed over channels."""
+        return (gradient * self._step).sum(0)
+
+    def _map_error(self, nodes: Sequence["_Node"]) -> float:
+        """Return the estimate of the map's own error."""
+        fine, coarse = _trapezoid(nodes), _trapezoid([*nodes[:-1:2], nodes[-1]])
+        return float(self._shown(fine - coarse).norm()) / sqrt(3) / (float(self._shown(fine).norm()) or 1.0)
+
+    def _roughness(self, left: "_Node", right: "_Node") -> float:
+        """Return how much the map changes on an interval, times its width: the measure of what the interval errs by."""
+        if (ends := (left.t, right.t)) not in self._known:
+            self._known[ends] = (right.t - left.t) * float(self._shown(right.gradient - left.gradient).norm())
+        return self._known[ends]
 
     def _points(self, at: Tensor) -> Callable[[int, int], Tensor]:
         return lambda start, stop: torch.lerp(self._baseline, self._case.input, at[start:stop, None, None, None])
@@ -172,17 +196,35 @@ def _share(shares: Tensor, gradient: Tensor, rise: float) -> None:
         shares.add_(squares, alpha=rise / total)
 
 
-class _Interval:
-    """A piece of the path and the score's `rise` on it by the trapezoid rule; the one with the largest error sorts first."""
+def _trapezoid(nodes: Sequence[_Node]) -> Tensor:
+    """Return the integral of the gradient over the path."""
+    total = torch.zeros_like(nodes[0].gradient)
+    for before, node, after in zip((nodes[0], *nodes), nodes, (*nodes[1:], nodes[-1]), strict=False):
+        total.add_(node.gradient, alpha=(after.t - before.t) / 2)
+    return total
 
-    def __init__(self, left: _Node, right: _Node) -> None:
-        self.left, self.right = left, right
-        self.width = right.t - left.t
-        self.rise = self.width * (left.slope + right.slope) / 2
-        self._error = abs(right.score - left.score - self.rise)
 
-    def __lt__(self, other: "_Interval") -> bool:
-        return self._error > other._error
+def _rise(left: _Node, right: _Node) -> float:
+    """Return the score's rise on an interval by the trapezoid rule."""
+    return (right.t - left.t) * (left.slope + right.slope) / 2
+
+
+def _miss(left: _Node, right: _Node) -> float:
+    """Return by how much the trapezoid rule misses the score's rise on an interval."""
+    return abs(right.score - left.score - _rise(left, right))
+
+
+def _middles(nodes: Sequence[_Node], error: Callable[[_Node, _Node], float], halved: float, count: int) -> list[float]:
+    """Bisect the interval with the largest error `count` times; each half is expected to have `halved` of it."""
+    intervals = [(-error(left, right), left.t, right.t) for left, right in pairwise(nodes)]
+    heapq.heapify(intervals)
+    middles = []
+    for _ in range(count):
+        largest, start, stop = heapq.heappop(intervals)
+        middles.append(middle := (start + stop) / 2)
+        for half in ((start, middle), (middle, stop)):
+            heapq.heappush(intervals, (largest * halved, *half))
+    return middles
 
 
 @dataclass(frozen=True)
