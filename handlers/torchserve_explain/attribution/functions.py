@@ -165,6 +165,26 @@ def going_back(value: Tensor, back: Callable[[Tensor], tuple[Tensor, ...]], *inp
     return found
 
 
+class _ChangedInPlace(torch.autograd.Function):
+    """A tensor given another value in place, from which a gradient goes back by a function of its own."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, value: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+        context.back = back
+        context.mark_dirty(x)
+        return x.copy_(value)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return context.back(gradient), None, None
+
+
+def changed_in_place(x: Tensor, value: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `x` with its values changed, from which `back` takes a gradient to one of what it was."""
+    found: Tensor = _ChangedInPlace.apply(x, value, back)
+    return found
+
+
 def surrogate(value: Tensor, linear: Tensor) -> Tensor:
     """Return `value` with the gradient of `linear`, which has its shape."""
     return going_back(value, lambda gradient: (gradient,), linear)
