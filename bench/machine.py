@@ -12,9 +12,9 @@ PACKAGES = ("torch", "torchvision", "captum", "grad-cam", "zennit", "torchserve"
 
 def describe(threads: int) -> dict[str, str]:
     """Return the machine, the versions, the threads and the arithmetic, in words."""
-    told = Path("/proc/cpuinfo").read_text()
+    text = Path("/proc/cpuinfo").read_text()
     name = next(
-        (line.split(":")[1].strip() for line in told.splitlines() if line.startswith("model name")), platform.processor()
+        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor()
     )
     return {
         "processor": f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}",

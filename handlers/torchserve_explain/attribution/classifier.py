@@ -48,6 +48,14 @@ class Normalization:
         return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
 
 
+@dataclass(frozen=True)
+class References:
+    """Images that others are compared with: `inputs` [n, C, H, W], normalised, and the `logits` [n, classes] that they have."""
+
+    inputs: Tensor
+    logits: Tensor
+
+
 class Classifier:
     """A classifier's passes over rows of normalised images [n, C, H, W]; the module it is given stays untouched.
 
@@ -83,6 +91,15 @@ class Classifier:
         self.spatial_layers = self._layers_with_gradient()
         self.operations = operations(self._model, self.example)
         self._changed = _changes(self._model)
+        self.references: References | None = None
+
+    def compare_with(self, inputs: Tensor) -> None:
+        """Keep images [n, C, H, W] as the references, and their logits; raises ValueError naming one that has none."""
+        placed = inputs.to(self.device, self.dtype)
+        logits = torch.cat([self.logits(placed[start : start + 8]) for start in range(0, len(placed), 8)])
+        if broken := [number for number, row in enumerate(logits) if not row.isfinite().all()]:
+            raise ValueError(f"the model's logits of reference {broken[0] + 1} are not finite numbers")
+        self.references = References(placed, logits)
 
     @cached_property
     def aside(self) -> "Classifier | None":

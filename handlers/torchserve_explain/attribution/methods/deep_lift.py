@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, ClassVar, cast
 
 import torch
@@ -26,10 +27,10 @@ from torchserve_explain.attribution.functions import (
 from torchserve_explain.attribution.fused import OPENED
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import known_error
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, stacked
 from torchserve_explain.attribution.norms import LayerNorm
 from torchserve_explain.attribution.pairs import Pair, apart, paired, references
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.rows import Evaluation, Score
 from torchserve_explain.errors import Unsupported
 
 NONLINEAR = ACTIVATION_NODES | JOINING_NODES | {"MaxPool2DWithIndices"}
@@ -193,7 +194,8 @@ def _max_pool(call: FunctionCall, y: Tensor, base_y: Tensor) -> Tensor:
 class DeepLift(Method):
     """What each value's difference from the baseline adds to the score, nonlinearities taken as their difference quotients.
 
-    map = (x - b) * multiplier, by the Rescale rule; it sums to F(x) - F(b); arXiv:1704.02685, equations 3 to 5.
+    map = (x - b) * multiplier, by the Rescale rule; it sums to F(x) - F(b); arXiv:1704.02685, equations 3 to 5. With
+    references the mean over them, which sums to F(x) - mean F(b).
     """
 
     name: ClassVar[str] = "deep_lift"
@@ -202,14 +204,21 @@ class DeepLift(Method):
     baseline: Baseline = Baseline.BLACK
 
     def evaluations(self, classifier: Classifier) -> int:
-        return 2  # image and baseline side by side
+        return 2 * self.baseline.size(classifier)  # image and baseline side by side
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        baseline = self.baseline.image(case)
-        pair = torch.cat([case.input, baseline])
-        evaluation = yield from case.evaluation(pair, rule=Rescale(), passes=2)
-        baseline_score = float(_other(evaluation.scores)[0])
-        attribution = (case.input - baseline) * evaluation.gradients[0, : len(case.input)]
+        baselines, total, scores = self.baseline.images(case), torch.zeros_like(case.input), list[float]()
+
+        def pair(number: int) -> Tensor:
+            return torch.cat([case.input, baselines[number]])
+
+        def add(start: int, evaluation: Evaluation) -> None:
+            multipliers = evaluation.gradients[:, : len(case.input)]
+            total.add_(((case.input - baselines[start : start + len(multipliers)]) * multipliers).sum(0))
+            scores.extend(_other(evaluation.scores).tolist())
+
+        yield [case.rows(len(baselines), stacked(pair), add, rule=Rescale(), passes=2)]
+        attribution, baseline_score = total / len(baselines), fmean(scores)
         return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score))
 
     @classmethod
