@@ -127,7 +127,8 @@ def _division(call: FunctionCall, _value: Tensor, _reference: Tensor) -> Tensor:
     a, b = call.args[:2]
     inverse = paired(b.detach().reciprocal(), _other(b).reciprocal())
     linear = b * -(inverse * _other(inverse))
-    return linear * _mean(a) + a * _mean(inverse) if len(call.inputs) > 1 else linear * a
+    split: Tensor = linear * _mean(a) + a * _mean(inverse) if len(call.inputs) > 1 else linear * a
+    return split
 
 
 def _norm(call: FunctionCall, _value: Tensor, _reference: Tensor) -> Tensor:
