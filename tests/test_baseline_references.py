@@ -21,9 +21,10 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.bisection import PathRule
 from torchserve_explain.attribution.methods.deep_lift import DeepLift
 from torchserve_explain.attribution.methods.method import Draw
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients, PathRule
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, _windows, random_mask
 from torchserve_explain.attribution.methods.superpixels import KernelShap, Lime, shapley_coalitions, shapley_values
 from torchserve_explain.attribution.rows import Contrast, Score

@@ -19,10 +19,11 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
+from torchserve_explain.attribution.methods.bisection import PathRule
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients, PathRule
+from torchserve_explain.attribution.methods.path import GradientShap, IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
 from torchserve_explain.attribution.methods.smoothing import Moments, SmoothingKind
 from torchserve_explain.attribution.rows import Score

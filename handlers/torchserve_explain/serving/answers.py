@@ -16,7 +16,7 @@ from PIL import Image
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
-from torchserve_explain.attribution.methods.path import PathRule
+from torchserve_explain.attribution.methods.bisection import PathRule
 from torchserve_explain.attribution.quality import Quality, QualityScore
 from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving.capabilities import first_sentence
