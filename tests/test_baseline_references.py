@@ -21,10 +21,11 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.attribution.methods.baselines import Baseline
+from torchserve_explain.attribution.methods.bisection import PathRule
 from torchserve_explain.attribution.methods.deep_lift import DeepLift
 from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.method import Draw
-from torchserve_explain.attribution.methods.path import IntegratedGradients, PathRule
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, _windows, random_mask
 from torchserve_explain.attribution.methods.superpixels import KernelShap, Lime, fitted, paired, shapley_coalitions
 from torchserve_explain.attribution.rows import Contrast, Score

@@ -42,7 +42,7 @@ def test_the_report_and_the_page_tell_the_version_of_the_code():
 def test_the_report_tells_every_method_with_what_it_takes():
     told = {method["name"]: method for method in report()["methods"]}
     assert list(told) == [name for name in METHODS if name not in report()["refused"]]
-    assert told["integrated_gradients"]["parameters"] == ["baseline", "max_error", "steps", "rule"]
+    assert told["integrated_gradients"]["parameters"] == ["baseline", "max_error", "steps", "rule", "max_map_error"]
     assert told["integrated_gradients"]["defaults"] == {"baseline": "black", "max_error": 0.05, "rule": "riemann"}
     assert told["saliency"]["parameters"] == ["backward"] and told["occlusion"]["parameters"] == ["baseline"]
     assert [name for name, method in told.items() if method["first"]] == ["integrated_gradients", "grad_cam", "occlusion"]

@@ -50,7 +50,7 @@ def test_rescale_is_captums(image, activation, baseline):
     start = baseline.image(Case(classifier, image, TARGET))[None]
     expected = CaptumDeepLift(model).attribute(image[None].clone(), start, target=TARGET)[0].detach()
     torch.testing.assert_close(outcome.value.map, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-    assert outcome.evaluations == 3
+    assert outcome.evaluations == 2
 
 
 class Everything(nn.Module):
@@ -192,7 +192,7 @@ def test_contributions_sum_to_the_difference_through_transformers(name):
         torch.testing.assert_close(outcome.value.map, alone.value.map)
 
 
-def test_images_along_another_dimension_are_refused():
+def test_images_may_lie_along_another_dimension(image):
     class SequenceFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -203,7 +203,40 @@ def test_images_along_another_dimension_are_refused():
             tokens = self.patches(x).flatten(2).permute(2, 0, 1)
             return self.head(nn.functional.gelu(tokens).mean(0))
 
-    assert "first dimension" in DeepLift.unsupported(Classifier(SequenceFirst(), NORMALIZATION, SIZE))
+    classifier = Classifier(SequenceFirst().double(), NORMALIZATION, SIZE)
+    assert DeepLift.unsupported(classifier) is None
+    assert explained(classifier, image).value.completeness_error < 1e-9
+
+
+def test_the_input_and_views_may_be_changed_in_place(image):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.first(x.sub_(0.1).relu_())
+            x[:, :4].relu_()
+            torch.sigmoid_(y := x * 2)
+            return self.head((x + y).mean((2, 3)))
+
+    outcome = explained(Classifier(InPlace().double(), NORMALIZATION, SIZE), image).value
+    assert outcome.completeness_error < 1e-9
+
+
+def test_a_change_that_does_not_reach_the_rules_is_refused():
+    class Detached(nn.Module):
+        def forward(self, x):
+            return (x + x.detach().relu()).mean((2, 3))
+
+    assert "would not sum" in DeepLift.unsupported(Classifier(Detached(), NORMALIZATION, SIZE))
+
+
+def test_the_baselines_score_comes_with_the_pass(classifier, image):
+    found = explained(classifier, image, Baseline.WHITE).value
+    start = Baseline.WHITE.image(Case(classifier, image, TARGET))
+    assert found.baseline_score == pytest.approx(float(classifier.logits(start[None])[0, TARGET]))
 
 
 @pytest.mark.parametrize(

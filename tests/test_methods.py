@@ -21,11 +21,12 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
+from torchserve_explain.attribution.methods.bisection import PathRule
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
-from torchserve_explain.attribution.methods.path import IntegratedGradients, PathRule
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion, Rise, random_mask
 from torchserve_explain.attribution.methods.smoothing import Moments, SmoothingKind
 from torchserve_explain.attribution.rows import Score
@@ -124,13 +125,69 @@ def test_the_path_ends_with_the_budget_and_tells_the_larger_error(classifier, im
     assert explained.value.completeness_error > 1e-12
 
 
+def naive_map(classifier, case, at):
+    """Return the trapezoid rule's map, summed over channels, and the gradients, with nodes at fractions of the path."""
+    base, gradients = Baseline.BLACK.image(case), []
+    for t in at:
+        x = (base + t * (case.input - base)).requires_grad_()
+        gradients.append(torch.autograd.grad(classifier._model(x[None])[0, 1], x)[0] * (case.input - base))
+    pieces = [(b - a) / 2 * (g + h) for a, b, g, h in zip(at, at[1:], gradients, gradients[1:], strict=False)]
+    return sum(pieces).sum(0), gradients
+
+
+def test_the_map_error_is_the_change_without_every_second_node_over_the_root_of_three(classifier, image):
+    case = case_of(classifier, image, budget=9)
+    found = explain(Job(IntegratedGradients(max_error=1e-12), case)).value
+    fine, coarse = (naive_map(classifier, case, [i / n for i in range(n + 1)])[0] for n in (8, 4))
+    assert found.map_error == pytest.approx(float((fine - coarse).norm() / fine.norm()) / 3**0.5)
+
+
+def test_the_map_error_decides_where_rows_are_spent(classifier, image):
+    """A naive replica of the second round: the largest width times change first, of which each half keeps 8^-1/2."""
+    case, at = case_of(classifier, image, budget=17), [i / 8 for i in range(9)]
+    _, gradients = naive_map(classifier, case, at)
+    errors = {
+        ends: float((h - g).sum(0).norm()) / 8 for ends, g, h in zip(pairwise(at), gradients, gradients[1:], strict=False)
+    }
+    for _ in range(8):
+        start, stop = max(errors, key=errors.get)
+        error, middle = errors.pop((start, stop)) / 8**0.5, (start + stop) / 2
+        errors |= {(start, middle): error, (middle, stop): error}
+    expected, _ = naive_map(classifier, case, sorted({0.0, *(stop for _, stop in errors)}))
+    found = explain(Job(IntegratedGradients(max_error=1, max_map_error=1e-9), case)).value
+    torch.testing.assert_close(found.map.sum(0), expected)
+
+
+def test_a_smaller_max_map_error_refines_the_path_until_it_holds(classifier, image):
+    exact = explain(Job(IntegratedGradients(steps=2000), case_of(classifier, image))).value
+    assert exact.map_error is None
+    rows = []
+    for bound in (0.1, 0.01):
+        explained = explain(Job(IntegratedGradients(max_error=0.5, max_map_error=bound), case_of(classifier, image)))
+        error = float((explained.value.map - exact.map).sum(0).norm() / exact.map.sum(0).norm())
+        assert error <= bound and error / 4 < explained.value.map_error <= bound
+        rows.append(explained.evaluations)
+    assert rows[0] < rows[1]
+
+
+def test_both_errors_hold_where_both_are_given(classifier, image):
+    method = IntegratedGradients(max_error=1e-4, max_map_error=0.02)
+    found = explain(Job(method, case_of(classifier, image))).value
+    assert found.completeness_error <= 1e-4 and found.map_error <= 0.02
+    alone = explain(Job(IntegratedGradients(max_map_error=0.02), case_of(classifier, image))).value
+    assert alone.completeness_error > 1e-4
+    idgi = IntegratedGradients(rule=PathRule.IDGI, max_map_error=1e-6)
+    explained = explain(Job(idgi, case_of(classifier, image)))
+    assert explained.value.map_error is None and explained.evaluations < 50
+
+
 @pytest.mark.parametrize("baseline", [Baseline.WHITE, Baseline.BLUR])
 def test_an_image_that_is_its_baseline_costs_one_round_and_has_no_error(lite0, baseline):
     classifier = Classifier(lite0, NORMALIZATION, (64, 64))
     image = NORMALIZATION(torch.ones(3, 64, 64))
     explained = explain(Job(IntegratedGradients(baseline=baseline), case_of(classifier, image)))
     assert explained.evaluations == 9 and explained.value.completeness_error < 0.05
-    assert float(explained.value.map.abs().max()) < 1e-4
+    assert float(explained.value.map.abs().max()) < 1e-4 and explained.value.map_error < 0.05
 
 
 def test_bisected_path_is_a_trapezoid_rule_on_its_nodes(classifier, image):

@@ -150,6 +150,7 @@ def test_a_number_beyond_its_bounds_is_refused(name, value):
 
 CONTRACT = {
     "max_error": ([1e-6, 1], [0, 1.001]),
+    "max_map_error": ([1e-6, 1], [0, 1.001]),
     "steps": ([1, 1000], [0, -1]),
     "samples": ([1, 1000], [0, -1]),
     "stdev": ([0, 0.5, 1], [-0.001, 1.001]),
@@ -270,9 +271,10 @@ def test_a_refused_value_of_a_weaker_layer_is_named():
     assert refusal({"seed": -1}, {"steps": 3}).startswith("seed: -1 ")
 
 
-def test_a_stronger_max_error_takes_the_weaker_steps_away():
-    parameters = read_parameters({"steps": 20}, {"max_error": 0.1})
-    assert (parameters.steps, parameters.max_error) == (None, 0.1)
+@pytest.mark.parametrize("name", ["max_error", "max_map_error"])
+def test_a_stronger_error_takes_the_weaker_steps_away(name):
+    parameters = read_parameters({"steps": 20}, {name: 0.1})
+    assert (parameters.steps, getattr(parameters, name)) == (None, 0.1)
 
 
 def test_stronger_steps_stand_beside_a_weaker_max_error():

@@ -1,6 +1,6 @@
 """Torch's functions as a model calls them: seen, replaced, and the operations that they are made of."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +106,7 @@ Replacements = Mapping[str, Callable[[FunctionCall], Any]]
 class _Replacing(TorchFunctionMode):
     """Hands the calls of functions to their replacements while it is active."""
 
-    def __init__(self, replacements: Replacements, in_place: bool) -> None:
+    def __init__(self, replacements: Replacements, in_place: Container[str]) -> None:
         super().__init__()
         self._replacements, self._in_place = replacements, in_place
 
@@ -118,17 +118,17 @@ class _Replacing(TorchFunctionMode):
             raise Unsupported(f"the model calls {call.name} with its input by name, which no rule reaches")
         if replacement is None or not call.signals:
             return call.plain()
-        if self._in_place or not call.in_place:
+        if call.name in self._in_place or not call.in_place:
             return replacement(call)
         # What depends on the function's work in place finds the replacement's result there.
         return args[0].copy_(replacement(replace(call, args=(args[0].clone(), *args[1:]))))
 
 
-def replacing(model: nn.Module, replacements: Callable[[], Replacements], in_place: bool = False) -> nn.Module:
+def replacing(model: nn.Module, replacements: Callable[[], Replacements], in_place: Container[str] = ()) -> nn.Module:
     """Return a model of the same modules whose functions are replaced; `replacements` are made anew for each pass.
 
-    A function is found whatever form it has: a module, one used several times, in place, or called as a function. With
-    `in_place` the replacements work in place themselves where the model does; the others get a copy to work on.
+    A function is found whatever form it has: a module, one used several times, in place, or called as a function. The
+    replacements of functions named by `in_place` work in place themselves where the model does; the others get a copy.
     """
     return _Replaced(model, replacements, in_place)
 
@@ -136,7 +136,7 @@ def replacing(model: nn.Module, replacements: Callable[[], Replacements], in_pla
 class _Replaced(nn.Module):
     """A model whose functions are replaced; its own hooks run once, as in the model."""
 
-    def __init__(self, model: nn.Module, replacements: Callable[[], Replacements], in_place: bool) -> None:
+    def __init__(self, model: nn.Module, replacements: Callable[[], Replacements], in_place: Container[str]) -> None:
         super().__init__()
         self._model = [model]  # not a child: whose modules they are stays as it is
         self._replacements, self._in_place = replacements, in_place
@@ -146,22 +146,48 @@ class _Replaced(nn.Module):
             return self._model[0](x)
 
 
-class _Surrogate(torch.autograd.Function):
-    """One tensor's value with another's gradient."""
+class _GoingBack(torch.autograd.Function):
+    """A value from which a gradient goes back by a function of its own."""
 
     @staticmethod
-    def forward(_context: Any, value: Tensor, _linear: Tensor) -> Tensor:
+    def forward(context: Any, value: Tensor, back: Callable[[Tensor], tuple[Tensor, ...]], *_inputs: Tensor) -> Tensor:
+        context.back = back
         return value.detach()
 
     @staticmethod
-    def backward(_context: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *context.back(gradient)
+
+
+def going_back(value: Tensor, back: Callable[[Tensor], tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
+    """Return `value` from which `back` takes a gradient to a gradient of each of `inputs`."""
+    found: Tensor = _GoingBack.apply(value.detach(), back, *inputs)
+    return found
+
+
+class _ChangedInPlace(torch.autograd.Function):
+    """A tensor given another value in place, from which a gradient goes back by a function of its own."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, value: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+        context.back = back
+        context.mark_dirty(x)
+        return x.copy_(value)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return context.back(gradient), None, None
+
+
+def changed_in_place(x: Tensor, value: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `x` with its values changed, from which `back` takes a gradient to one of what it was."""
+    found: Tensor = _ChangedInPlace.apply(x, value, back)
+    return found
 
 
 def surrogate(value: Tensor, linear: Tensor) -> Tensor:
     """Return `value` with the gradient of `linear`, which has its shape."""
-    found: Tensor = _Surrogate.apply(value.detach(), linear)
-    return found
+    return going_back(value, lambda gradient: (gradient,), linear)
 
 
 def operations(model: nn.Module, example: Tensor) -> set[str]:

@@ -103,6 +103,7 @@ class ExplainedMap(AnswerPart):
     parameters: dict[str, Any] = Field(description="what made this map, as the method took it")
     evaluations: int = Field(ge=0, description="rows that the model evaluated for it")
     completeness_error: float | None = Field(description="null where the method has no such axiom")
+    map_error: float | None = Field(None, description="an estimate of the map's distance to the exact one, relative, l2")
     baseline_score: float | None
     sampling_error: float | None = Field(
         None, description="of methods that draw: how far the map varies from seed to seed, as a fraction of it"
@@ -141,7 +142,12 @@ class ExplainedMap(AnswerPart):
     def numbers(self) -> dict[str, float]:
         """What the answer says of this map in numbers: its score, cost, errors and qualities, as far as it has them."""
         told = {"score": self.target.score, "evaluations": self.evaluations, "completeness_error": self.completeness_error}
-        every = told | {"sampling_error": self.sampling_error} | self.quality | {"milliseconds": self.milliseconds}
+        every = (
+            told
+            | {"map_error": self.map_error, "sampling_error": self.sampling_error}
+            | self.quality
+            | {"milliseconds": self.milliseconds}
+        )
         return {name: value for name, value in every.items() if value is not None}
 
     def _repr_html_(self) -> str:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution
-from torchserve_explain.attribution.methods.path import PathRule
+from torchserve_explain.attribution.methods.bisection import PathRule
 from torchserve_explain.attribution.quality import Quality, QualityScore
 from torchserve_explain.errors import ExplainError
 from torchserve_explain.serving.capabilities import first_sentence
@@ -128,7 +128,7 @@ class Explanation:
         method = self.job.method
         own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
         if own.get("steps") is not None:
-            own.pop("max_error", None)
+            own |= {"max_error": None, "max_map_error": None}
         if own.get("rule") is PathRule.RIEMANN:  # told only where it is the other: a default answer stays as it was
             own.pop("rule")
         if "layer" in own:
@@ -162,6 +162,8 @@ class Explanation:
         }
         if self.job.method.draws:
             told["sampling_error"] = attribution.sampling_error
+        if attribution.map_error is not None:
+            told["map_error"] = attribution.map_error
         if self.versus is not None:
             told["versus"] = self.versus.as_json()
         if self.measured:

@@ -45,6 +45,7 @@ function facts(explanation) {
   const rows = [["Explained", `${target.label}${measured(target)}; score ${short(target.score)}`]];
   if (versus) rows.push(["Rather than", `${versus.label}${measured(versus)}; the score is the difference`]);
   if (explanation.completeness_error != null) rows.push(["Completeness", completeness(explanation)]);
+  if (explanation.map_error != null) rows.push(["Map error", `about ${percent(explanation.map_error)}`]);
   if (explanation.sampling_error != null) rows.push(["Sampling", `From seed to seed the map varies by ${percent(explanation.sampling_error)}.`]);
   for (const [name, value] of Object.entries(quality ?? {})) {
     rows.push([title(name), value == null ? "not measured" : `${short(value)}. ${report.qualities[name] ?? ""}`]);

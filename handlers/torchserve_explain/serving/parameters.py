@@ -144,7 +144,7 @@ def read_parameters(*layers: Mapping[str, object]) -> Parameters:
     merged: dict[str, object] = {}
     for layer in layers:
         given = {key: value for key, value in layer.items() if value is not None}  # JSON null: not given
-        if "max_error" in given:
+        if given.keys() & {"max_error", "max_map_error"}:
             merged.pop("steps", None)  # steps chosen by a weaker layer would silence it
         merged |= given
     for name, value in merged.items():

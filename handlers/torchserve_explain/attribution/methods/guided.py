@@ -20,7 +20,7 @@ class GuidedRelus:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, each ReLU with a guided gradient."""
-        return replacing(model, lambda: dict.fromkeys(RELUS, _guided), in_place=True)
+        return replacing(model, lambda: dict.fromkeys(RELUS, _guided), in_place=RELUS)
 
 
 def _guided(call: FunctionCall) -> Tensor:

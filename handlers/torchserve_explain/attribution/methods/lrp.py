@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation
-from torchserve_explain.attribution.functions import LINEAR_NODES, FunctionCall, replacing, surrogate
+from torchserve_explain.attribution.functions import ACTIVATIONS, LINEAR_NODES, FunctionCall, going_back, replacing, surrogate
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 from torchserve_explain.attribution.methods.relevance import RULED_NODES, own, sharing, stable
 
@@ -47,11 +49,15 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Part:
-    """Terms that share the output's relevance in proportion: `weight` of it, only where `where` of the output is one."""
+    """Terms that share the output's relevance in proportion: `weight` of it, only `where` the output is so."""
 
     terms: tuple[_Term, ...]
     weight: float = 1.0
-    where: Callable[[Tensor], Tensor] = torch.ones_like
+    where: Callable[[Tensor], Tensor] | None = None
+
+
+def _same(parameter: Tensor) -> Tensor:
+    return parameter
 
 
 def _positive(x: Tensor) -> Tensor:
@@ -66,7 +72,8 @@ def _favouring(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda parameter: parameter + GAMMA * part(parameter)
 
 
-EPSILON = (_Part((_Term(own, own),)),)
+OWN = _Term(own, _same)
+EPSILON = (_Part((OWN,)),)
 FLAT = (_Part((_Term(torch.ones_like, torch.ones_like, bias=False),)),)
 EXCITING = (_Term(_positive, _positive), _Term(_negative, _negative, bias=False))
 INHIBITING = (_Term(_positive, _negative), _Term(_negative, _positive, bias=False))
@@ -82,7 +89,7 @@ def _box(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[_Part, ...]:
         return lambda x: x.new_tensor(values)[:, None, None].expand_as(x)
 
     below, above = _Term(bound(low), _positive, sign=-1), _Term(bound(high), _negative, sign=-1)
-    return (_Part((_Term(own, own), below, above)),)
+    return (_Part((OWN, below, above)),)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class RelevanceRules:
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the changed model: the same modules, their functions with other gradients."""
         shared = sharing(self.attention is Attention.PROPAGATED)
-        return _FromLogits(replacing(model, lambda: {**shared, **dict.fromkeys(LAYERS, _Layers(self))}))
+        return _FromLogits(replacing(model, lambda: {**shared, **dict.fromkeys(LAYERS, _Layers(self))}, in_place=ACTIVATIONS))
 
     def parts(self, call: FunctionCall, first: bool) -> tuple[_Part, ...]:
         """Return the rule of a convolution or linear layer."""
@@ -149,26 +156,46 @@ class _Layers:
         self._first = True
 
     def __call__(self, call: FunctionCall) -> Tensor:
-        x = call.inputs[0]
-        weight, bias, options = _parameters(call)
         parts = self._rules.parts(call, self._first)
         self._first = self._first and call.name == "linear"
-        output = call.value()
+        with torch.enable_grad():
+            found = [[one for term in part.terms if (one := _run(call, term))] for part in parts]
+        output = found[0][0][1].detach() if parts[0].terms[0] is OWN else call.value()
+        shares = [_Share(part, terms, output) for part, terms in zip(parts, found, strict=True)]
+        return going_back(output, lambda relevance: (reduce(torch.add, [s.back(relevance) for s in shares]),), call.inputs[0])
 
-        def run(term: _Term) -> Tensor | None:
-            at = term.input(x.detach())
-            if not term.bias and not at.any():
-                return None
-            own_bias = term.parameter(bias) if bias is not None and term.bias else None
-            # The value is the changed input's, and so is the gradient at x.
-            answer: Tensor = call.function(at + at * (x - x.detach()), term.parameter(weight), own_bias, **options)
-            return term.sign * answer
 
-        linear = torch.zeros_like(output)
-        for part in parts:
-            total = sum((found for term in part.terms if (found := run(term)) is not None), torch.zeros_like(output))
-            linear = linear + part.weight * part.where(output) / stable(total.detach()) * total
-        return surrogate(output, linear)
+def _run(call: FunctionCall, term: _Term) -> tuple[Tensor, Tensor] | None:
+    """Return a layer's changed input and what it answers; None where both are zero."""
+    at = term.input(call.inputs[0].detach())
+    if not term.bias and at.amin() == at.amax() == 0:  # far faster than any()
+        return None
+    weight, bias, options = _parameters(call)
+    own_bias = term.parameter(bias) if bias is not None and term.bias else None
+    answer: Tensor = call.function(at.requires_grad_(), term.parameter(weight), own_bias, **options)
+    return at, answer if term.sign > 0 else -answer
+
+
+class _Share:
+    """A part of a rule as it was run: what it hands back of the output's relevance."""
+
+    def __init__(self, part: _Part, terms: list[tuple[Tensor, Tensor]], output: Tensor) -> None:
+        self._inputs = [at for at, _ in terms]
+        with torch.enable_grad():
+            total = reduce(torch.add, [answer for _, answer in terms])
+        self._total = get_gradient_edge(total)
+        self._divisor = stable(total.detach())
+        if part.weight != 1:
+            self._divisor /= part.weight
+        self._where = part.where and part.where(output)
+
+    def back(self, relevance: Tensor) -> Tensor:
+        """Return the relevance of the input."""
+        share = relevance / self._divisor
+        if self._where is not None:
+            share *= self._where
+        gradients = torch.autograd.grad(self._total, self._inputs, share)
+        return reduce(torch.add, [gradient.mul_(at) for gradient, at in zip(gradients, self._inputs, strict=True)])
 
 
 def _parameters(call: FunctionCall) -> tuple[Tensor, Tensor | None, dict[str, Any]]:

@@ -70,14 +70,15 @@ class Attribution:
     """A map [channels, H, W] of contributions, summed over its channels when shown (positive: raises the score).
 
     `baseline_score` and `completeness_error` are None where the method has no completeness axiom, `sampling_error` where it
-    draws nothing, or too little to know. `refinement` holds rows and completeness error after each round of a path that
-    was refined.
+    draws nothing, or too little to know, `map_error` (an estimate of the l2 distance to the exact map, as a fraction of the
+    map's norm) where it is not known. `refinement` holds rows and completeness error after each round of a refined path.
     """
 
     map: Tensor
     baseline_score: float | None = None
     completeness_error: float | None = None
     sampling_error: float | None = None
+    map_error: float | None = None
     refinement: tuple[tuple[int, float], ...] = ()
 
 

@@ -1,13 +1,9 @@
 """Path methods: gradients between a baseline and the input."""
 
-import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from itertools import pairwise
-from math import ceil
+from dataclasses import dataclass
 from statistics import fmean
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -16,26 +12,17 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.computation import Computation, both, together
 from torchserve_explain.attribution.methods.baselines import Baseline
-from torchserve_explain.attribution.methods.completeness import completeness_error, known_error, rise
+from torchserve_explain.attribution.methods.bisection import PathRule, Paths, first_intervals, share
+from torchserve_explain.attribution.methods.completeness import known_error
 from torchserve_explain.attribution.methods.method import (
     Attribution,
     Case,
     MaxError,
     Method,
+    Range,
     Steps,
 )
 from torchserve_explain.attribution.rows import Evaluation
-
-FIRST_INTERVALS = 8  # of the bisected path
-FIRST_PATHS = 6  # that are cut into so many; of more paths each has fewer, about 50 in all
-BISECTED_AT_ONCE = 8  # intervals a round
-
-
-class PathRule(StrEnum):
-    """How a path's gradients are summed: as an integral, or each by how much the score rises after it."""
-
-    RIEMANN = "riemann"
-    IDGI = "idgi"
 
 
 @dataclass(frozen=True)
@@ -45,11 +32,16 @@ class IntegratedGradients(Method):
     map = (x - b) * integral_0^1 dF(b + t (x - b))/dx dt; it sums to F(x) - F(b); arXiv:1703.01365, equation 1. With
     references it is the mean over the paths from each, which sums to F(x) - mean F(b).
     With `steps`: that many Gauss-Legendre nodes. Else the intervals of the path with the largest error are bisected, with
-    trapezoid weights, until the completeness error is at most `max_error` or the case's budget of rows is spent.
+    trapezoid weights, until the completeness error is at most `max_error`, and, where it is given, the map error at most
+    `max_map_error`, or until the case's budget of rows is spent.
+
+    The map error is |map - exact map| / |map|, l2, of the maps summed over channels. It is estimated as the distance to the
+    same path with every second node left out, over sqrt(3): of a random walk the trapezoid rule errs by a third of what
+    that changes, in squares.
 
     With `rule` idgi the rise of the score on each interval is shared by the squared gradient at its start, sum of g^2 /
     |g|^2 (F(x_j+1) - F(x_j)): what gradients across the path add is left out; arXiv:2303.14242, algorithm 1. The intervals
-    are the same, or `steps` of one length.
+    are the same, or `steps` of one length; the map error is not known, and `max_map_error` bounds nothing.
     """
 
     name: ClassVar[str] = "integrated_gradients"
@@ -59,6 +51,7 @@ class IntegratedGradients(Method):
     max_error: MaxError = 0.05
     steps: Steps = None
     rule: PathRule = PathRule.RIEMANN
+    max_map_error: Annotated[float | None, Range("a fraction above 0, at most 1", gt=0, le=1)] = None
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]
@@ -68,13 +61,13 @@ class IntegratedGradients(Method):
     def evaluations(self, classifier: Classifier) -> int:
         count = self.baseline.size(classifier)
         if self.steps is None:
-            return count * _first_intervals(count) + 1  # the paths share their end
+            return count * first_intervals(count) + 1  # the paths share their end
         return count * self.steps + (count if self.rule is PathRule.IDGI else self.baseline.score_rows)
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         baselines, starts = self.baseline.images(case), list[float]()
         if self.steps is None:
-            return (yield from _Paths(case, baselines).bisected(self.max_error, self.rule))
+            return (yield from Paths(case, baselines).bisected(self.max_error, self.max_map_error, self.rule))
         if self.rule is PathRule.IDGI:
             lines = (_important_directions(case, baseline, self.steps, starts) for baseline in baselines)
             attribution = yield from _mean(case, lines, len(baselines))
@@ -83,11 +76,6 @@ class IntegratedGradients(Method):
             attribution, starts = yield from both(_mean(case, lines, len(baselines)), self.baseline.scores(case))
         baseline_score = fmean(starts)
         return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score))
-
-
-def _first_intervals(paths: int) -> int:
-    """Return in how many intervals each of some paths is cut before any is bisected: fewer of each where paths are many."""
-    return max(1, FIRST_INTERVALS // ceil(paths / FIRST_PATHS))
 
 
 def _mean(case: Case, maps: Iterable[Computation[Tensor]], count: int) -> Computation[Tensor]:
@@ -124,114 +112,10 @@ def _important_directions(case: Case, baseline: Tensor, steps: int, starts: list
     def add(_start: int, evaluation: Evaluation) -> None:
         for score, gradient in zip(evaluation.scores.tolist(), evaluation.gradients, strict=True):
             if scores:
-                _share(shares, latest.pop(), score - scores[-1])
+                share(shares, latest.pop(), score - scores[-1])
             scores.append(score)
             latest.append(gradient.clone())
 
     yield [case.rows(steps + 1, _points(case, baseline, torch.arange(steps + 1).to(case.input) / steps), add)]
     starts.append(scores[0])
     return shares
-
-
-class _Paths:
-    """The straight lines from baselines [n, C, H, W] to a case's input; their end is one."""
-
-    def __init__(self, case: Case, baselines: Tensor) -> None:
-        self._case = case
-        self._baselines = baselines
-        self._steps = case.input - baselines
-
-    def bisected(self, max_error: float, rule: PathRule) -> Computation[Attribution]:
-        """Bisect the intervals with the largest error; completeness holds on each, so each one's own error is known."""
-        intervals = yield from self._first(_first_intervals(len(self._steps)))
-        starts, end = [one.left.score for one in intervals if one.left.t == 0], intervals[-1].right.score
-        baseline_score = fmean(starts)
-        heapq.heapify(intervals)
-        refinement = [(len(intervals) + 1, self._error(intervals, starts, end))]
-        while refinement[-1][1] > max_error and (left_over := self._case.budget - refinement[-1][0]) > 0:
-            worst = [heapq.heappop(intervals) for _ in range(min(BISECTED_AT_ONCE, left_over, len(intervals)))]
-            middles = yield from self._nodes([(one.left.path, (one.left.t + one.right.t) / 2) for one in worst])
-            for interval, middle in zip(worst, middles, strict=True):
-                heapq.heappush(intervals, _Interval(interval.left, middle))
-                heapq.heappush(intervals, _Interval(middle, interval.right))
-            refinement.append((len(intervals) + 1, self._error(intervals, starts, end)))
-        attribution = self._map(intervals, rule)
-        error = completeness_error(float(attribution.sum()), end, baseline_score)
-        return Attribution(attribution, baseline_score, error, tuple(refinement))
-
-    def _first(self, count: int) -> Computation[list["_Interval"]]:
-        """Cut each path into `count` intervals of one length."""
-        paths = range(len(self._steps))
-        *nodes, end = yield from self._nodes([(path, i / count) for path in paths for i in range(count)] + [(paths[-1], 1.0)])
-        slopes = torch.tensordot(self._steps, end.gradient, 3).tolist()
-        rows = [[*nodes[path * count :][:count], replace(end, path=path, slope=slopes[path])] for path in paths]
-        return [_Interval(left, right) for row in rows for left, right in pairwise(row)]
-
-    def _error(self, intervals: list["_Interval"], starts: list[float], end: float) -> float:
-        """Return the completeness error of the mean over the paths, or their own where that is larger: errors may cancel."""
-        errors = [0.0] * len(starts)
-        for interval in intervals:
-            errors[interval.left.path] += interval.error
-        own = fmean(map(abs, errors)) / fmean(rise(end, start) for start in starts)
-        return max(own, abs(fmean(errors)) / rise(end, fmean(starts)))
-
-    def _map(self, intervals: list["_Interval"], rule: PathRule) -> Tensor:
-        """Return the map [C, H, W] of all intervals: the mean over the paths."""
-        attribution, count = torch.zeros_like(self._case.input), len(self._steps)
-        for one in intervals:
-            if rule is PathRule.IDGI:
-                _share(attribution, one.left.gradient, (one.right.score - one.left.score) / count)
-                continue
-            for node in (one.left, one.right):
-                attribution.addcmul_(node.gradient, self._steps[node.path], value=one.width / 2 / count)
-        return attribution
-
-    def _nodes(self, at: list[tuple[int, float]]) -> Computation[list["_Node"]]:
-        """Evaluate points: of which path, at what fraction of its length."""
-        nodes: list[_Node] = []
-        path = torch.tensor([path for path, _ in at], device=self._steps.device)
-        fractions = self._steps.new_tensor([t for _, t in at])[:, None, None, None]
-
-        def points(start: int, stop: int) -> Tensor:
-            return torch.lerp(self._baselines[path[start:stop]], self._case.input, fractions[start:stop])
-
-        def add(start: int, evaluation: Evaluation) -> None:
-            steps = self._steps[path[start : start + len(evaluation.scores)]]
-            slopes = (evaluation.gradients * steps).sum((1, 2, 3)).tolist()
-            scores = evaluation.scores.tolist()
-            for place, score, slope, gradient in zip(at[start:], scores, slopes, evaluation.gradients, strict=False):
-                # A view would keep the whole pass's gradients alive.
-                nodes.append(_Node(*place, score, slope, gradient.clone()))
-
-        yield [self._case.rows(len(at), points, add)]
-        return nodes
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A point t of a path: its score, the score's slope along the path, and its gradient."""
-
-    path: int
-    t: float
-    score: float
-    slope: float
-    gradient: Tensor
-
-
-def _share(shares: Tensor, gradient: Tensor, rise: float) -> None:
-    """Add to shares what each value has of a rise of the score, by its squared gradient; of none where the gradient is zero."""
-    squares = gradient.square()
-    if (total := float(squares.sum())) > 0:
-        shares.add_(squares, alpha=rise / total)
-
-
-class _Interval:
-    """A piece of a path, and the trapezoid rule's `error` for the score's rise on it; the one with the largest sorts first."""
-
-    def __init__(self, left: _Node, right: _Node) -> None:
-        self.left, self.right = left, right
-        self.width = right.t - left.t
-        self.error = self.width * (left.slope + right.slope) / 2 - (right.score - left.score)
-
-    def __lt__(self, other: "_Interval") -> bool:
-        return abs(self.error) > abs(other.error)

@@ -10,6 +10,7 @@ from torchserve_explain.attribution.functions import (
     MATRIX_PRODUCTS,
     FunctionCall,
     Replacements,
+    going_back,
     surrogate,
 )
 from torchserve_explain.attribution.fused import OPENED
@@ -29,7 +30,7 @@ RULED_NODES = ACTIVATION_NODES | JOINING_NODES | {"Sub of two"}
 
 def sharing(attention: bool) -> Replacements:
     """Return the rules; without `attention` the weights that a softmax makes are constants, arXiv:2202.07304."""
-    rules = OPENED | dict.fromkeys(ACTIVATIONS, _pass) | dict.fromkeys(PROPORTIONAL, _in_proportion)
+    rules = OPENED | dict.fromkeys(ACTIVATIONS, _activation) | dict.fromkeys(PROPORTIONAL, _in_proportion)
     rules |= dict.fromkeys(AFFINE, _pass) | dict.fromkeys(MATRIX_PRODUCTS, _matrix_product) | dict.fromkeys(UNRULED, _refuse)
     rules |= {"add": _sum, "sub": _sum, "mul": _product, "div": _quotient, "layer_norm": _norm, "normalize": _pass}
     return rules | {"softmax": _softmax if attention else FunctionCall.value}
@@ -42,11 +43,21 @@ def own(x: Tensor) -> Tensor:
 
 def stable(x: Tensor) -> Tensor:
     """Return a divisor that is not zero."""
-    return x + torch.where(x < 0, -STABILIZER, STABILIZER)
+    return x.new_tensor(STABILIZER).copysign(x).add_(x)
 
 
 def _pass(call: FunctionCall) -> Tensor:
     return surrogate(call.value(), call.inputs[0])
+
+
+def _activation(call: FunctionCall) -> Tensor:
+    """Relevance passes unchanged: in place, it is the value alone that changes."""
+    if not call.in_place:
+        return _pass(call)
+    x: Tensor = call.args[0]
+    with torch.no_grad():
+        call.function(x.detach(), *call.args[1:], **call.kwargs)
+    return x
 
 
 def _in_proportion(call: FunctionCall) -> Tensor:
@@ -61,9 +72,15 @@ def _sum(call: FunctionCall) -> Tensor:
     if len(call.inputs) < 2 and (len(tensors) < 2 or call.name == "sub"):
         return _pass(call)
     first = call.args[0].detach() if isinstance(call.args[0], Tensor) else call.args[0]
+    divisor = stable(total)
     shares = zip(call.args, (first, total - first), strict=False)
-    linear = sum((value * own(share) for value, share in shares if value.requires_grad), torch.zeros_like(total))
-    return surrogate(total, linear / stable(total))
+    shared = [(value, share / divisor) for value, share in shares if value.requires_grad]
+    fractions = [(share, value.shape) for value, share in shared]
+
+    def back(relevance: Tensor) -> tuple[Tensor, ...]:
+        return tuple((relevance * fraction).sum_to_size(shape) for fraction, shape in fractions)
+
+    return going_back(total, back, *(value for value, _ in shared))
 
 
 def _product(call: FunctionCall) -> Tensor:
