@@ -19,6 +19,7 @@ from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.network import build_network, read_labels
+from torchserve_explain.runtimes import choose_runtime
 from torchserve_explain.serving.settings import Settings, read_settings
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,10 @@ class Archive:
     version: str = "1.0"
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1) -> "Archive":
+    def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1, compiles: bool = True) -> "Archive":
         """Load a .mar, or the folder of an unpacked one, for inputs `scale` times as high and wide as served.
 
+        Unless it `compiles`, passes are PyTorch's, and nothing is measured.
         Raises ArchiveError where it cannot be read, or its parts do not fit each other.
         """
         with _unpacked(path) as folder:
@@ -55,7 +57,10 @@ class Archive:
             if labels and len(labels) != classifier.classes:
                 raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
             names = labels or [str(index) for index in range(classifier.classes)]
-            return cls(classifier, names, settings, digest_of(folder), _version(folder))
+            digest = digest_of(folder)
+            if compiles:
+                choose_runtime(classifier, settings, digest)
+            return cls(classifier, names, settings, digest, _version(folder))
 
     def classes(self, label: str | None) -> list[int]:
         """Return the classes that are called so: several may share a label."""

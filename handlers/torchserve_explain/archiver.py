@@ -144,7 +144,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def check(stage: Path) -> None:
     """Load the stage as a worker will; raises ArchiveError with the reason where that fails."""
     try:
-        archive = Archive.load(stage)
+        archive = Archive.load(stage, compiles=False)
         service = Service(
             archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"}, archive.digest
         )

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from torchserve_explain.attribution.compiled import COMPILER, Compiled, Pays, tried
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.heads import Head, fit_head
 from torchserve_explain.attribution.interruption import interrupted, is_independent, sharing_copy
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
-from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score, Versus
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Form, Gradients, Layer, Rows, Score, Versus
 from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
 from torchserve_explain.errors import Unsupported
@@ -76,6 +78,8 @@ class Classifier:
         self.head = fit_head(self._model, self.example, head, labels)
         self.classes = self.logits(self.example).shape[1]
         self._check_rows()
+        self.compiled: Compiled | None = None
+        self.pays = Pays(one=False, many=False)
         self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
@@ -96,6 +100,44 @@ class Classifier:
         other._model, other._narrow = copies[0], copies[1] if len(copies) > 1 else None
         other._changed = _changes(other._model)
         return other
+
+    def compile(self, picture: Tensor, pack: int, seconds: float, known: Pays | None = None) -> Pays | None:
+        """Compile the forward pass, and use it where it answers equally and is faster; return for which rows it is.
+
+        It is tried on `picture` [C, H, W], a normalised photo, beside passes of `pack` rows; what is `known` is not measured
+        again. None where it cannot be compiled, does not answer equally, or takes more seconds to find out; the log says so.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return None
+        if known == Pays(one=False, many=False):
+            return known
+        deadline = time.monotonic() + seconds
+
+        def module(rows: Tensor) -> Tensor:
+            return torch.cat([self.logits(part) for part in torch.split(rows, pack)])
+
+        try:
+            compiled = Compiled(self._model, self.example)
+            pays = tried(module, compiled, picture, deadline, known)
+        except Exception as error:  # it is the user's own forward that is traced here
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("passes stay PyTorch's: the model is not compiled: %s", reason)
+            return None
+        self.compiled, self.pays = (compiled if pays.one or pays.many else None), pays
+        return pays
+
+    def form(self, rows: Rows) -> Form:
+        """Return which form of the model evaluates rows: the same whoever shares their pass, so that they answer the same."""
+        if self._narrow is not None and not rows.gradient and not rows.precise:
+            return Form.NARROW
+        more = rows.gradient or rows.layers or rows.activations or rows.rule is not None
+        return Form.MODULE if more or not (self.pays.one if rows.count == 1 else self.pays.many) else Form.COMPILED
+
+    @property
+    def runtimes(self) -> dict[str, str]:
+        """What runs the passes: of rows that a request asks for alone, such as predictions, of many, and with gradients."""
+        compiled = {"one_row": self.pays.one, "many_rows": self.pays.many, "gradient": False}
+        return {kind: COMPILER if pays else "torch" for kind, pays in compiled.items()}
 
     @property
     def last_layer(self) -> str | None:
@@ -167,6 +209,19 @@ class Classifier:
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
             {name: self._grid(name, outputs[name]) for name in activations},
         )
+
+    def evaluate_compiled(
+        self,
+        inputs: Tensor,
+        targets: Sequence[int | None],
+        scores: Sequence[Score],
+        versus: Sequence[Versus | None] = (),
+        pause: Callable[[], None] | None = None,
+    ) -> Evaluation:
+        """Run one pass of the compiled model for scores alone; see `evaluate`. `pause` is called between rows."""
+        assert self.compiled is not None
+        logits = self.compiled(inputs, pause)
+        return Evaluation(logits, selected(self.head, logits, targets, scores, versus), None, {}, {})
 
     def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
         return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))

@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace, out: LakePlace) -> LakeWork:
     if data.local and out.local:
         check_apart(Path(data.path()), Path(out.path()))
     path = ensure_archive(options.name, options.store)
-    archive = Archive.load(path)
+    archive = Archive.load(path, compiles=False)
     asked = LakeQuestion(options.methods, options.target, options.versus, dict(options.set), options.overlays)
     question = asked.of(archive)
     source = find(data, archive.labels)
