@@ -12,6 +12,7 @@ from test_interruption import Arriving
 from test_stepping import asking
 from torch import nn
 from torchvision.models import get_model
+from transformers import NETWORKS, SIDE, randomised
 
 from torchserve_explain import runtimes
 from torchserve_explain.attribution import classifier as module
@@ -57,12 +58,12 @@ def explained(classifier, method, image, pack=8):
 # The same answers
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit", "swin", "convnext", "maxvit"])
 def test_an_architecture_answers_the_same_compiled(name):
     torch.manual_seed(0)
-    size = (224, 224) if name.startswith("vit") else (64, 64)
-    classifier = compiled(get_model(name, weights=None, num_classes=7), size)
-    inputs = torch.stack([picture(size, seed) for seed in range(3)])
+    network = randomised(NETWORKS[name]).float() if name in NETWORKS else get_model(name, weights=None)
+    classifier = compiled(network, (SIDE, SIDE))
+    inputs = torch.stack([picture((SIDE, SIDE), seed) for seed in range(3)])
     expected, found = classifier.logits(inputs), classifier.compiled(inputs)
     assert float((expected - found).abs().max()) <= 1e-4 * float(expected.max() - expected.min())
 

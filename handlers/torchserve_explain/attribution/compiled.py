@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 COMPILER = "openvino"
@@ -43,8 +44,9 @@ class Compiled:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
+        written_once = functionalize(model, remove="mutations")  # OpenVINO misreads what is written in place (Swin's masks)
         with torch.no_grad():
-            graph = make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(example.clone())
+            graph = make_fx(written_once, tracing_mode="fake", _allow_non_fake_inputs=True)(example.clone())
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchFXPythonDecoder(graph, dynamic_shapes=False)  # which must live until it is converted
         network = frontend.convert(frontend.load(decoder))
