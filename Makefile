@@ -12,7 +12,7 @@ serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
 
 test: setup  ## run all tests, a live server among them
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n 2 --dist loadfile
 
 test-servers: setup .venv-servers/ready  ## the contract on KServe and Ray Serve (make test has TorchServe)
 	@$(SERVERS) -m pytest tests/test_contract.py tests/test_http.py -k 'not torchserve'

@@ -85,7 +85,7 @@ def main() -> int:
     command.add_argument("--against", type=Path, help="a library.json that no ratio may fall far below")
     options = command.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    told, kept = machine.describe(options.threads), options.out / "library.json"
+    described, kept = machine.describe(options.threads), options.out / "library.json"
     whole = plan(False)
     contests = [contest for contest in plan(options.quick) if options.only in title(*contest)]
     lines: list[dict[str, Any]] = []
@@ -100,12 +100,12 @@ def main() -> int:
             given = partial(subject, network, batch)
             results = compete(given, work, options.threads, options.repeats, options.budget)
             lines += record(network, batch, work, results)
-            kept.write_text(json.dumps({"machine": told, "results": lines}, indent=1))
+            kept.write_text(json.dumps({"machine": described, "results": lines}, indent=1))
             shown.advance(bar)
     lines.sort(key=lambda line: whole.index(tables.contest_of(line)))
-    (options.out / "library.md").write_text(tables.markdown(told, lines))
+    (options.out / "library.md").write_text(tables.markdown(described, lines))
     tables.plot(lines, options.out / "library.png")
-    print(tables.markdown(told, lines))
+    print(tables.markdown(described, lines))
     if options.against is None:
         return 0
     fallen = gate.fallen(lines, json.loads(options.against.read_text())["results"])

@@ -81,8 +81,8 @@ def latencies(server: Server) -> Iterator[dict[str, Any]]:
                 found[case] += paced(partial(asking(server, kind, mode, fields), client), SECONDS)
             shown.advance(bar)
     for (mode, asked, count), each in found.items():
-        told = {"p50": quantile(each, 0.5), "p99": quantile(each, 0.99), "answers": len(each)}
-        yield {"mode": mode, "asked": asked, "clients": count} | told
+        figures = {"p50": quantile(each, 0.5), "p99": quantile(each, 0.99), "answers": len(each)}
+        yield {"mode": mode, "asked": asked, "clients": count} | figures
 
 
 def by_itself(server: Server, mode: str, rates: Sequence[float]) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def rates(server: Server) -> Mapping[str, list[float]]:
 
 def peak_megabytes(server: Server, name: str) -> float:
     """Return the largest memory that a registration's worker has held."""
-    told = httpx.get(f"{server.management}/models/{name}", headers=server.authorization("management")).json()
-    status = Path(f"/proc/{told[0]['workers'][0]['pid']}/status").read_text()
+    described = httpx.get(f"{server.management}/models/{name}", headers=server.authorization("management")).json()
+    status = Path(f"/proc/{described[0]['workers'][0]['pid']}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1000
 
 

@@ -35,8 +35,8 @@ def contest(growing: str, value: int) -> tuple[partial[Any], str]:
 def lines(growing: str, value: int, results: list[ContestResult]) -> Iterator[dict[str, Any]]:
     """Yield what each contestant took, or that it could not."""
     for result in results:
-        told = {"seconds": result.median, "memory_mb": result.ready.memory} if result.ready else {"refusal": result.refusal}
-        yield {"growing": growing, "value": value, "contestant": result.contestant} | told
+        figures = {"seconds": result.median, "memory_mb": result.ready.memory} if result.ready else {"refusal": result.refusal}
+        yield {"growing": growing, "value": value, "contestant": result.contestant} | figures
 
 
 def main() -> None:
@@ -52,9 +52,9 @@ def main() -> None:
                 shown.advance(bar)
     out = ROOT / "run" / "bench"
     out.mkdir(parents=True, exist_ok=True)
-    told = machine.describe(1)
-    results = {"machine": told, "network": NETWORK, "results": found}
-    tables.write(out / "growth", results, tables.growth(told, NETWORK, found))
+    described = machine.describe(1)
+    results = {"machine": described, "network": NETWORK, "results": found}
+    tables.write(out / "growth", results, tables.growth(described, NETWORK, found))
 
 
 if __name__ == "__main__":

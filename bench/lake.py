@@ -31,8 +31,8 @@ def explained(data: Path, actors: int, more: Sequence[str]) -> dict[str, object]
 
         files = sorted((path.stat().st_mtime, parquet.read_metadata(path).num_rows) for path in out.glob("maps/*.parquet"))
         seconds, rows = files[-1][0] - files[0][0], sum(count for _, count in files[1:])
-        told = {"maps": rows + files[0][1], "seconds": files[-1][0] - began, "to_the_first_file": files[0][0] - began}
-        return told | {"rate": rows / seconds if rows else None, "memory_mb": memory}
+        figures = {"maps": rows + files[0][1], "seconds": files[-1][0] - began, "to_the_first_file": files[0][0] - began}
+        return figures | {"rate": rows / seconds if rows else None, "memory_mb": memory}
 
 
 def _memory(process: "subprocess.Popen[bytes]") -> Iterator[list[float]]:
@@ -60,9 +60,9 @@ def main() -> None:
     results = json.loads(out.read_text()) if out.exists() else {"runs": []}
     results["machine"] = machine.describe(1)
     for actors in options.actors:
-        told = explained(options.data, actors, more)
-        results["runs"].append({"actors": actors, "options": more, **told})
-        print(actors, {name: value for name, value in told.items() if name != "memory_mb"}, flush=True)
+        figures = explained(options.data, actors, more)
+        results["runs"].append({"actors": actors, "options": more, **figures})
+        print(actors, {name: value for name, value in figures.items() if name != "memory_mb"}, flush=True)
         out.write_text(json.dumps(results))
 
 

@@ -41,20 +41,20 @@ signal.pause()
 @contextmanager
 def kserve(archives: Mapping[str, Path], run: Path) -> Iterator[str]:
     """Serve archives by their names with KServe's model server; give its URL."""
-    told = [f"{name}={path}" for name, path in archives.items()]
+    specifications = [f"{name}={path}" for name, path in archives.items()]
     with free_sockets(1) as (port,):
         pass
-    with _running(["-m", "torchserve_explain", "kserve", *told, "--port", str(port)], run, {}) as process:
+    with _running(["-m", "torchserve_explain", "kserve", *specifications, "--port", str(port)], run, {}) as process:
         yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run / "log")
 
 
 @contextmanager
 def ray(archives: Mapping[str, Path], run: Path, replicas: int = 0) -> Iterator[str]:
     """Serve archives with Ray Serve, each with so many replicas; 0: as many as requests need. Gives its URL."""
-    told = {"ARCHIVES": ",".join(f"{name}={path}" for name, path in archives.items())} | LOOPBACK
+    environment = {"ARCHIVES": ",".join(f"{name}={path}" for name, path in archives.items())} | LOOPBACK
     with free_sockets(1) as (port,):
         pass
-    with _running(["-c", RAY, str(port), str(replicas)], run, told) as process:
+    with _running(["-c", RAY, str(port), str(replicas)], run, environment) as process:
         yield _until_ready(f"http://127.0.0.1:{port}", archives, process, run / "ready")
 
 

@@ -106,8 +106,8 @@ def _form(image: bytes, fields: Mapping[str, str]) -> dict[str, Any]:
 def difference(alone: Reply, reply: Reply) -> str | None:
     """Say in what an answer differs from what it is alone; None where it does not beyond rounding."""
     if (alone.status, alone.content_type) != (reply.status, reply.content_type):
-        told = f"{reply.status} {reply.content_type}, alone {alone.status} {alone.content_type}"
-        return told if reply.status == 200 else f"{told}: {reply.body[:300]!r}"
+        statuses = f"{reply.status} {reply.content_type}, alone {alone.status} {alone.content_type}"
+        return statuses if reply.status == 200 else f"{statuses}: {reply.body[:300]!r}"
     if alone.content_type.startswith("application/json"):
         return _of_json(json.loads(alone.body), json.loads(reply.body), "answer")
     if alone.content_type == "application/x-npy":
@@ -162,6 +162,6 @@ def _array(body: bytes) -> Any:
     return np.load(io.BytesIO(body), allow_pickle=False).astype(float)
 
 
-def _values(told: Mapping[str, Any]) -> Any:
-    shape: Sequence[int] = told["shape"]
-    return np.frombuffer(base64.b64decode(told["data"]), told["dtype"]).reshape(shape).astype(float)
+def _values(encoded: Mapping[str, Any]) -> Any:
+    shape: Sequence[int] = encoded["shape"]
+    return np.frombuffer(base64.b64decode(encoded["data"]), encoded["dtype"]).reshape(shape).astype(float)

@@ -20,7 +20,7 @@ from torchserve_explain.serving.settings import Limits
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gives: maps [n, H, W] summed over channels, the rows they took, the worst completeness error told."""
+    """What a run gives: maps [n, H, W] summed over channels, the rows they took, the worst completeness error reported."""
 
     maps: Tensor | None
     rows: int | None = None

@@ -70,9 +70,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         enough = rows[math.ceil(SHARE * len(rows)) - 1]
         held = [mean(one["uniform"][place] <= error for one in found) for place in range(len(STEPS))]
         steps = next((steps for steps, share in zip(STEPS, held, strict=True) if share >= SHARE), None)
-        told = f"{steps}" if steps else f"over {STEPS[-1]}: holds on {held[-1]:.0%}"
+        needed = f"{steps}" if steps else f"over {STEPS[-1]}: holds on {held[-1]:.0%}"
         ratio = f"{(steps or STEPS[-1]) / enough:.2f}"
-        lines.append(f"| {error:.0%} | {len(found)} | {enough} | {told} | **{ratio if steps else f'over {ratio}'}** |")
+        lines.append(f"| {error:.0%} | {len(found)} | {enough} | {needed} | **{ratio if steps else f'over {ratio}'}** |")
     return "\n".join(lines)
 
 

@@ -115,11 +115,11 @@ def processor_seconds(server: Server) -> float:
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            told = path.read_text().rpartition(")")[2].split()
+            fields = path.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        if int(told[3]) == server.process.pid:  # the session
-            ticks += int(told[11]) + int(told[12])
+        if int(fields[3]) == server.process.pid:  # the session
+            ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

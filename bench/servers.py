@@ -54,14 +54,14 @@ def started(name: str, archive: Path, run: Path) -> Iterator[Asked]:
 
 def latencies(server: Asked) -> dict[str, float]:
     """Return quantiles of a Grad-CAM's seconds, alone and beside the busy clients."""
-    ask, told = asking(server, "explanations", NAME, QUICK), dict[str, float]()
+    ask, figures = asking(server, "explanations", NAME, QUICK), dict[str, float]()
     for clients, seconds in SECONDS.items():
         with explaining_clients(server, NAME, SLOW, clients), httpx.Client(timeout=600) as client:
             time.sleep(2 if clients else 0)
             found = list(paced(partial(ask, client), seconds))
         name = "beside" if clients else "alone"
-        told |= {f"{name}_p50": quantile(found, 0.5), f"{name}_p99": quantile(found, 0.99), f"{name}_count": len(found)}
-    return told
+        figures |= {f"{name}_p50": quantile(found, 0.5), f"{name}_p99": quantile(found, 0.99), f"{name}_count": len(found)}
+    return figures
 
 
 def main() -> None:

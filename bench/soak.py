@@ -78,8 +78,8 @@ class Tally:
                 self.told_to_come_again += 1
             elif reply.status >= 500 and reply.status != alone.status:
                 self.lost[self.cause(began, ended, f"{reply.status}: {reply.body[:120]!r}")] += 1
-            elif (told := difference(alone, reply)) is not None:
-                self.wrong.append(f"{case.name}: {told}")
+            elif (why := difference(alone, reply)) is not None:
+                self.wrong.append(f"{case.name}: {why}")
             else:
                 self.seconds[case.kind].append(ended - began)
 
@@ -95,8 +95,8 @@ class Tally:
 
 def worker(server: Server) -> dict[str, str]:
     """Return TorchServe's description of the model's one worker."""
-    (told,) = httpx.get(f"{server.management}/models/{NAME}", headers=server.authorization("management"), timeout=10).json()
-    found: dict[str, str] = told["workers"][0]
+    (model,) = httpx.get(f"{server.management}/models/{NAME}", headers=server.authorization("management"), timeout=10).json()
+    found: dict[str, str] = model["workers"][0]
     return found
 
 
@@ -211,8 +211,8 @@ def table(tally: Tally, minutes: float) -> str:
         p50, p99 = (1000 * quantile(seconds, share) for share in (0.5, 0.99))
         text.append(f"| {kind} | {len(seconds)} | {p50:.0f} | {p99:.0f} |")
     text += ["", "| after, s | worker, MB |", "|---|---|", *(f"| {at:.0f} | {held:.0f} |" for at, held in tally.memory)]
-    kinds = Counter(told.partition(":")[0] for told in tally.wrong)
-    examples = {told.partition(":")[0]: told for told in tally.wrong}
+    kinds = Counter(why.partition(":")[0] for why in tally.wrong)
+    examples = {why.partition(":")[0]: why for why in tally.wrong}
     text += ["", *(f"- wrong, {count} times: {examples[kind]}" for kind, count in kinds.most_common())]
     return "\n".join(text).rstrip() + "\n"
 

@@ -100,12 +100,12 @@ def beside(results: Mapping[str, Any]) -> str:
     text = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
     asked = list(dict.fromkeys(line["asked"] for line in results["latencies"]))
     counts = list(dict.fromkeys(line["clients"] for line in results["latencies"]))
-    told = {(line["mode"], line["asked"], line["clients"]): line for line in results["latencies"]}
+    known = {(line["mode"], line["asked"], line["clients"]): line for line in results["latencies"]}
     heads = ["alone" if count == 0 else f"beside {count}" for count in counts]
     text += [f"| p50 / p99, ms | {' | '.join(heads)} | p99 beside {counts[-1]} / p50 alone |"]
     text += [f"|---|{'---|' * len(heads)}---|"]
-    for mode, one in ((mode, one) for one in asked for mode in results["modes"] if (mode, one, 0) in told):
-        lines = [told[mode, one, count] for count in counts]
+    for mode, one in ((mode, one) for one in asked for mode in results["modes"] if (mode, one, 0) in known):
+        lines = [known[mode, one, count] for count in counts]
         cells = [f"{1000 * line['p50']:.0f} / {1000 * line['p99']:.0f}" for line in lines]
         text.append(f"| {one}, {mode} | {' | '.join(cells)} | **{lines[-1]['p99'] / lines[0]['p50']:.1f}** |")
     text += [

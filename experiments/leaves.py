@@ -15,10 +15,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from experiments.backgrounds import Change, Scene, changes, flat, pasted
+from experiments.charts import save_chart
 from experiments.output import arguments, carried_out, heatmap, overlaid, save_sheet, write
 from experiments.regions import edge, mean_shares, share
 from experiments.segmentation import Mask, leaf, lesions
-from experiments.trained import Trained, train
+from experiments.trained import Row, Trained, train
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.gallery.pages import mean_map
@@ -29,8 +30,6 @@ from training.recipe import read_recipe
 METHODS = {"sensitivity": Sensitivity(), "biased_layer": BiasedLayer()}
 EDGE = 4  # pixels on both sides of a leaf's outline
 SHOWN = 3  # pictures of each class that are drawn
-
-Row = dict[str, object]
 
 
 def main() -> None:
@@ -44,14 +43,33 @@ def main() -> None:
     test = splits["test"]
     figures: dict[str, Any] = {"pictures": len(test), "ground": ground, "surface": surface}
     tables: dict[str, list[Row]] = {}
-    for name, trained in {"as photographed": plain, "cut out": cut}.items():
+    every = {"as photographed": plain, "cut out": cut}
+    for name, trained in every.items():
         figures[name] = {key: trained.metrics[key] for key in ("test", "roc", "held_out_accuracy", "images")}
         own = test if trained is plain else [(label, _cut_out(scene, ground)) for label, scene in test]
         tables[f"changed pictures, trained {name}"] = changed_pictures(trained, own, changes(ground, surface))
         maps = {method: trained.maps([s.pixels for _, s in own], [1] * len(own), METHODS[method]) for method in METHODS}
         tables[f"where the maps lie, trained {name}"] = where_maps_lie(maps, own, trained.classes)
         _draw(options.out / "pictures" / name.replace(" ", "-"), maps, own, trained.classes)
+    tables["mean difference"] = [difference(name, trained) for name, trained in every.items()]
+    rocs = {name: trained.metrics["roc"]["test"] for name, trained in every.items()}
+    lines = {f"trained {name}": (roc["false_positives"], roc["true_positives"]) for name, roc in rocs.items()}
+    save_chart(options.out / "pictures" / "roc.png", {"true positives of Black rot, test": lines}, "false positives")
     write(options.out, figures, tables)
+
+
+def difference(name: str, trained: Trained) -> Row:
+    """Return what the mean difference is worth: its threshold, found on the validation images, and the areas under its ROC."""
+    metrics = trained.metrics
+    return {
+        "trained": name,
+        "images": "/".join(str(sum(metrics["images"][split])) for split in SPLITS),
+        "threshold": metrics["roc"]["val"]["threshold"],
+        "AUC, validation": metrics["roc"]["val"]["auc"],
+        "AUC, test": metrics["roc"]["test"]["auc"],
+        "accuracy, test": metrics["test"]["accuracy"],
+        "accuracy, each fifth held out": metrics["held_out_accuracy"],
+    }
 
 
 def _splits(data: Path, trained: Trained) -> dict[str, list[tuple[int, Scene]]]:
@@ -167,8 +185,8 @@ def _draw(out: Path, maps: Mapping[str, Sequence[Map]], scenes: Sequence[tuple[i
             pixels = scenes[place][1].pixels
             cells.append((Image.fromarray(pixels), name, f"test picture {place}"))
             cells += [(overlaid(pixels, values[place]), name, method) for method, values in maps.items()]
-    save_sheet(out / "means.jpg", means, 160, 4)
-    save_sheet(out / "examples.jpg", cells, 160, 6)
+    save_sheet(out / "means.webp", means, 160, 4)
+    save_sheet(out / "examples.webp", cells, 160, 6)
 
 
 if __name__ == "__main__":

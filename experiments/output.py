@@ -20,7 +20,7 @@ from torchserve_explain.serving.pictures import Cell, Map, Scale, contact_sheet,
 
 OPACITY = 0.6
 CLIP = 99.5  # percentile of a map that gets full colour
-QUALITY = 80  # of JPEG
+QUALITY = 75  # of JPEG and WebP
 
 
 def arguments(name: str, about: str | None, more: Callable[[argparse.ArgumentParser], object] | None = None) -> Any:

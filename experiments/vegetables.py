@@ -7,7 +7,7 @@ holds it, the price's label, the container) on 29 of the test pictures.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from experiments.charts import save_confusion, save_curves
 from experiments.output import arguments, carried_out, heatmap, overlaid, save_sheet, write
 from experiments.regions import share
 from experiments.segmentation import Mask, Pixels, without
-from experiments.trained import Trained, train
+from experiments.trained import Row, Trained, accuracies, train
 from torchserve_explain.attribution.methods import Method, Smoothing
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer
 from torchserve_explain.attribution.methods.cam import GradCam
@@ -49,9 +50,7 @@ ELSEWHERE = {  # ImageNet's names of classes that are sold here too
     "mushroom": "Mushroom",
     "bell_pepper": "Pepper",
 }
-MISTAKES = 12  # that are drawn
-
-Row = dict[str, object]
+MISTAKES = 8  # that are drawn
 
 
 def main() -> None:
@@ -73,6 +72,8 @@ def main() -> None:
     tables["outlined pictures with a part taken out"] = taken_out(tuned, outlined)
     draw_outlined(tuned, outlined, pictures)
     tables["mistakes"] = draw_mistakes(tuned, samples["test"], images, pictures)
+    save_curves(pictures / "curves.png", {"tuned": tuned.metrics, "cnn": cnn.metrics})
+    save_confusion(pictures / "confusion.png", tuned.metrics)
     draw_means(tuned, samples["test"], images, pictures)
     if options.photos is not None:
         tables["photos from elsewhere"] = elsewhere(tuned, options.photos, pictures)
@@ -83,17 +84,6 @@ def _more(command: argparse.ArgumentParser) -> None:
     command.add_argument("--epochs", type=int, default=10, help="of the pretrained network (default: %(default)s)")
     command.add_argument("--cnn-epochs", type=int, default=15, help="of the CNN from nothing (default: %(default)s)")
     command.add_argument("--photos", type=Path, help="a folder of ImageNet photos called WNID_class_name.JPEG")
-
-
-def accuracies(every: Mapping[str, Trained]) -> list[Row]:
-    """Return each classifier's accuracy and loss on the validation and test images, and its training time."""
-    rows: list[Row] = []
-    for name, trained in every.items():
-        row: Row = {"classifier": name, "epochs": len(trained.metrics["epochs"])}
-        for split in ("val", "test"):
-            row |= {f"{split} {key}": trained.metrics[split][key] for key in ("accuracy", "loss")}
-        rows.append(row)
-    return rows
 
 
 def explain_carrots(trained: Trained, paths: Sequence[Path], out: Path) -> list[Row]:
@@ -112,7 +102,7 @@ def explain_carrots(trained: Trained, paths: Sequence[Path], out: Path) -> list[
         for name in ("grad_cam", "biased_layer"):
             (values,) = trained.maps([pixels], [target], ALL[name])
             cells.append((overlaid(pixels, values), name, "of the logit"))
-    save_sheet(out / "carrots.jpg", cells, 160, 6)
+    save_sheet(out / "carrots.webp", cells, 160, 6)
     return rows
 
 
@@ -192,7 +182,7 @@ def draw_outlined(trained: Trained, outlined: Sequence[Outlined], out: Path) -> 
     for (_, pixels, label, _), values, own in zip(hands, maps, probabilities, strict=True):
         told = f"{trained.classes[int(own.argmax())]} {float(own.max()):.2f}"
         cells.append((overlaid(pixels, values), f"is {trained.classes[label]}", f"taken for {told}"))
-    save_sheet(out / "hands.jpg", cells, 150, 6)
+    save_sheet(out / "hands.webp", cells, 150, 6)
 
 
 def draw_mistakes(trained: Trained, samples: Sequence[Sample], images: Sequence[Pixels], out: Path) -> list[Row]:
@@ -211,7 +201,7 @@ def draw_mistakes(trained: Trained, samples: Sequence[Sample], images: Sequence[
             maps, (predicted[place], truth[place]), (f"taken for it, {sure}", "what it is"), strict=True
         ):
             cells.append((overlaid(pixels, values), f"why {trained.classes[target]}", why))
-    save_sheet(out / "mistakes.jpg", cells, 150, 6)
+    save_sheet(out / "mistakes.webp", cells, 150, 6)
     pairs = [(trained.classes[truth[place]], trained.classes[predicted[place]]) for place in wrong]
     order = sorted(set(pairs), key=lambda pair: -pairs.count(pair))
     return [{"is": own, "taken for": other, "pictures": pairs.count((own, other))} for own, other in order]
@@ -227,7 +217,7 @@ def draw_means(trained: Trained, samples: Sequence[Sample], images: Sequence[Pix
         mean = mean_map(own)
         if mean is not None:
             cells.append((heatmap(mean), name, f"mean of {len(own)}"))
-    save_sheet(out / "means.jpg", cells, 120, 5)
+    save_sheet(out / "means.webp", cells, 120, 5)
 
 
 def elsewhere(trained: Trained, photos: Path, out: Path) -> list[Row]:
@@ -247,7 +237,7 @@ def elsewhere(trained: Trained, photos: Path, out: Path) -> list[Row]:
         )
         (values,) = trained.maps([pixels], [best], ALL["grad_cam"])
         cells.append((overlaid(pixels, values), f"is {label}", f"taken for {trained.classes[best]}"))
-    save_sheet(out / "elsewhere.jpg", cells, 160, 5)
+    save_sheet(out / "elsewhere.webp", cells, 160, 5)
     return rows
 
 

@@ -291,6 +291,7 @@ def test_a_digest_tells_contents_apart_and_not_the_time_of_making(archive, tmp_p
     assert first == second != Archive.load(archive(*arguments, "--labels", tmp_path / "labels.txt")).digest
 
 
+@pytest.mark.live
 def test_two_builds_at_once_do_not_disturb_each_other(tmp_path):
     torch.save(mobilenet().state_dict(), tmp_path / "w.pth")
     command = ["./archive.sh", "twin", "--arch", ARCHITECTURE, "--weights", str(tmp_path / "w.pth"), "--store", str(tmp_path)]

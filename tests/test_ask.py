@@ -13,7 +13,7 @@ from PIL import Image, ImageShow
 from test_client import explained
 
 from torchserve_explain import cli
-from torchserve_explain.ask import told
+from torchserve_explain.ask import sentence
 from torchserve_explain.client import Client
 from torchserve_explain.terminal import half_blocks, printable
 
@@ -138,7 +138,7 @@ def test_a_picture_is_fitted_into_the_terminal_with_its_sides_in_proportion():
 def test_a_label_commands_no_terminal():
     assert printable("caf\u00e9 \u732b\x1b[2J\r\n\x07") == "caf\u00e9 \u732b?[2J???"
     (one,) = explained().explanations
-    assert "\x1b" not in told(one.model_copy(update={"method": "\x1b[2J"}))
+    assert "\x1b" not in sentence(one.model_copy(update={"method": "\x1b[2J"}))
 
 
 def test_asking_imports_nothing_of_what_serves():

@@ -48,6 +48,7 @@ def test_a_contest_has_the_engine_first_and_a_floor_where_there_is_one():
     assert "floor" in names["integrated_gradients, 50 steps"]
 
 
+@pytest.mark.live
 def test_contestants_run_in_turns_agree_and_say_why_they_cannot():
     found = by_name(compete(partial(subject, "resnet18", 1), "grad_cam", threads=1, repeats=2, budget=60))
     ours = found["ours"]

@@ -256,7 +256,7 @@ def test_a_page_is_written_nowhere_else_and_not_without_pictures(out, tmp_path, 
         ("bare", {"overlay": None}, "--overlays"),
     ):
         lake = Lake(LakePlace(str(tmp_path / name)))
-        lake.tell(json.loads((out / "about.json").read_text()))
+        lake.write_about(json.loads((out / "about.json").read_text()))
         lake.add(pa.Table.from_pylist([told | changed], SCHEMA))
         assert main(["gallery", str(tmp_path / name), "--out", str(tmp_path / "pages" / name)]) == 1
         assert said in capsys.readouterr().err

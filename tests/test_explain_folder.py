@@ -313,7 +313,7 @@ def test_maps_of_several_layers_lie_side_by_side(store, labelled, tmp_path):
     [
         (["--methods", "grad_cat"], "'grad_cat' is unknown; allowed: "),
         (["--set", "max_error=2"], "max_error: '2' is not allowed; allowed: a fraction above 0, at most 1"),
-        (["--set", "output=png"], "'output' is not allowed; allowed: baseline"),
+        (["--set", "output=png"], "'output' is not allowed; allowed: smoothing"),
         (["--set", "layer=nowhere"], "the last ones are"),
     ],
 )

@@ -96,7 +96,6 @@ def test_a_quantity_stays_what_it_is(image, shape):
         (lambda x: x.softmax(1), 5, {"head": Head.SOFTMAX}, "forward ends in a softmax"),
         (lambda x: x.sigmoid()[:, :3].view(-1, 3), 5, {}, "forward ends in a sigmoid"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused_with_the_line_to_write(change, classes, options, line):
     with pytest.raises(ValueError) as caught:

@@ -303,7 +303,7 @@ def test_a_gifs_transparent_entry_is_put_on_white():
     assert middle(read(image, kind="GIF", transparency=1)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("kind", LOSSLESS.keys() - {"BMP"})
+@pytest.mark.parametrize("kind", sorted(LOSSLESS.keys() - {"BMP"}))
 def test_alpha_is_put_on_white(kind):
     image = Image.new("RGBA", (20, 20), (0, 0, 0, 51))
     assert close(middle(read(image, kind=kind, **LOSSLESS[kind])), (204, 204, 204))

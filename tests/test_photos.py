@@ -54,6 +54,7 @@ def test_every_prediction_is_the_models_own_and_nine_in_ten_are_right(served, li
     assert right >= 36
 
 
+@pytest.mark.live
 def test_bisected_paths_reach_their_error_with_few_rows(served):
     """Uniform Gauss-Legendre steps leave a completeness error of 7 % with 50 rows, in the median of such photos."""
     engine, preprocessing = served

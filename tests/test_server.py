@@ -124,7 +124,7 @@ def test_the_drain_command_says_what_it_cannot_see(metrics, monkeypatch, capsys)
     told.append(gauge(0.0))
     monkeypatch.setenv("TS_METRICS_ADDRESS", server.metrics)
     for unknown in ("m1", "m0/2.0"):
-        assert cli.main(["drain", unknown]) == 1 and f"tells nothing of {unknown}; known: m0/1.0" in capsys.readouterr().err
+        assert cli.main(["drain", unknown]) == 1 and f"has nothing of {unknown}; known: m0/1.0" in capsys.readouterr().err
     monkeypatch.setenv("TS_METRICS_ADDRESS", "http://127.0.0.1:9")
     assert cli.main(["drain", "m0"]) == 1 and "does not answer" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 from live import served
 from patches import COLOURS, patched, times_by_chance, write_folder
+from PIL import Image
 from safetensors.torch import load_file
 
 import training  # noqa: F401
@@ -19,11 +20,12 @@ from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.network import build_network
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import png
-from torchserve_explain.serving.settings import read_settings
+from torchserve_explain.serving.settings import Preprocessing, read_settings
 from training.__main__ import main
 from training.architectures.cnn import Cnn
-from training.data import read_folder
+from training.data import Sample, read_folder
 from training.evaluation import evaluate
+from training.export import write_references
 from training.recipe import read_recipe, recipe_names
 from training.report import explain
 
@@ -152,6 +154,34 @@ def test_the_same_command_goes_on_and_a_longer_one_starts_anew(folders, tmp_path
     assert again["epochs"] == first["epochs"]  # their seconds too: none was trained again
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert len(small_run(folders[TWO], tmp_path / "out", "--epochs", 3)[0]["epochs"]) == 3
+
+
+def test_a_few_validation_images_of_each_class_become_references(folders, tmp_path, kept_here):
+    kept_here("states")
+    metrics, _ = small_run(folders[TWO], tmp_path / "out")
+    _, preprocessing = loaded(tmp_path / "out")
+    samples = read_folder(folders[TWO], preprocessing, read_recipe("birds")[0].ratio, 0).splits["val"]
+    seen = [read_picture(sample.path.read_bytes(), preprocessing, 10**6).input for sample in samples]
+    paths = sorted((tmp_path / "out" / "references").iterdir())
+    kept = [read_picture(path.read_bytes(), preprocessing, 10**6).input for path in paths]
+    nearest = [min(range(len(seen)), key=lambda k: float((one - seen[k]).norm())) for one in kept]
+    for one in kept:  # but for what JPEG loses
+        first, second = sorted(float((one - other).norm()) for other in seen)[:2]
+        assert first < 0.3 * second
+    labels = [samples[k].label for k in nearest]
+    assert len(set(nearest)) == len(kept) and all(labels.count(k) == min(3, metrics["images"]["val"][k]) for k in (0, 1))
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 6), (15, 30), (70, 30)])
+def test_references_are_few_and_of_as_many_classes_as_can_be(tmp_path, classes, count):
+    for k in range(4 * classes):
+        Image.new("L", (8, 8), k // 4 * 3).save(tmp_path / f"{k}.png")
+    samples = [Sample(tmp_path / f"{k}.png", k // 4, "") for k in range(4 * classes)]
+    for _ in range(2):  # those of an earlier training go
+        write_references(tmp_path, samples, Preprocessing(resize=8, crop=8))
+        paths = sorted((tmp_path / "references").iterdir())
+        shown = {round(Image.open(path).convert("L").getpixel((4, 4)) / 3) for path in paths}
+        assert len(paths) == count and len(shown) == min(classes, count)
 
 
 def test_drawn_images_are_trained_on_and_compared(folders, tmp_path, kept_here):

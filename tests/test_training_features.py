@@ -7,6 +7,7 @@ from torch import nn
 from torchvision import transforms
 
 import training  # noqa: F401
+from training import data
 from training.data import Images, read_folder
 from training.features import Kept, Live, Place, made_fast, read_source
 from training.networks import build, preprocessing_for
@@ -88,6 +89,19 @@ def test_features_are_made_anew_where_nothing_is_frozen_or_every_epoch_draws(sam
     (first, _), (second, _) = (next(drawn.batches([[0]], epoch)) for epoch in (0, 1))
     assert not torch.equal(first, second)
     assert isinstance(read_source(Images(samples, PREPROCESSING), nn.Sequential(), place, 2), Live)
+
+
+@pytest.mark.parametrize("augmentation", [None, TURNED])
+def test_images_that_every_epoch_sees_are_decoded_once(samples, tmp_path, monkeypatch, augmentation):
+    images = Images(samples, PREPROCESSING, augmentation)
+    images.views = [2]
+    expected = torch.cat([images[place][0] for place in range(4)])
+    read, decoded = data.read_picture, []
+    monkeypatch.setattr(data, "read_picture", lambda *given: decoded.append(given) or read(*given))
+    source = read_source(images, nn.Sequential(), Place(CPU, tmp_path / "features"), 0)
+    for epoch in (1, 2):
+        (batch, _) = next(source.batches([[0, 1, 2, 3]], epoch))
+    assert len(decoded) == len(samples) and torch.equal(batch, expected)
 
 
 def test_the_fast_copy_of_a_frozen_part_answers_the_same():

@@ -218,6 +218,7 @@ def test_scores_are_those_of_the_confusion():
     ]
 
 
+@pytest.mark.live
 def test_a_gan_learns_the_colour_of_its_images(tmp_path):
     torch.manual_seed(0)
     colour = torch.tensor([0.8, -0.6, 0.2])[None, :, None, None]

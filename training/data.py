@@ -13,11 +13,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_tensor
 
 from torchserve_explain.errors import RequestError, TrainingError
 from torchserve_explain.records import readable
-from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.images import as_input, read_picture
 from torchserve_explain.serving.settings import Limits, Preprocessing
 
 SPLITS = ("train", "val", "test")
@@ -180,17 +179,26 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.samples, self.preprocessing = samples, preprocessing
         self.augmentation, self.seed = augmentation, seed
         self.views: Sequence[int] = (0,)
+        self.decoded: list[Image] = []  # those of all samples, or none
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         sample = self.samples[place]
-        picture = read_picture(sample.path.read_bytes(), self.preprocessing, PIXELS)
+        seen = self.decoded[place] if self.decoded else self._seen(sample)
         if self.augmentation is None:
-            return picture.input[None], sample.label
-        views = [to_tensor(_drawn(self.augmentation, picture.seen, self._seed(sample, view))) for view in self.views]
-        return self.preprocessing.normalization(torch.stack(views)), sample.label
+            return as_input(seen, self.preprocessing)[None], sample.label
+        drawn = (_drawn(self.augmentation, seen, self._seed(sample, view)) for view in self.views)
+        return torch.stack([as_input(view, self.preprocessing) for view in drawn]), sample.label
+
+    def decode(self) -> None:
+        """Decode every file once for all epochs."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self.decoded = list(pool.map(self._seen, self.samples))
+
+    def _seen(self, sample: Sample) -> Image:
+        return read_picture(sample.path.read_bytes(), self.preprocessing, PIXELS).seen
 
     def _seed(self, sample: Sample, view: int) -> int:
         return mixed(self.seed, view, int(sample.digest[:16], 16))

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from torchserve_explain.archive import WEIGHTS
+from torchserve_explain.archive import REFERENCES, WEIGHTS
 from torchserve_explain.archiver import check_name
 from torchserve_explain.errors import ArchiveError, TrainingError
 from torchserve_explain.network import MODEL
 from torchserve_explain.records import check_apart
+from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Preprocessing
 from training.architectures import direction
+from training.data import PIXELS, Sample
 from training.networks import BACKBONES
 
 METRICS, LABELS, CONFIG = "metrics.json", "labels.json", "model-config.yaml"
+REFERENCES_EACH, REFERENCES_MOST = 3, 30  # of a class, and of all
 HEAD = "# TorchServe's keys that are left out here, and what they mean: deploy/model-config.yaml.\n"
 
 
@@ -87,6 +92,21 @@ def export(
         (out / MODEL).write_text(architecture.source, encoding="utf-8")
     else:
         (out / MODEL).unlink(missing_ok=True)  # of an earlier training with another backbone
+
+
+def write_references(out: Path, samples: Sequence[Sample], preprocessing: Preprocessing) -> None:
+    """Write what the model sees of a few images of each class, or of as many classes as there may be references."""
+    own: dict[int, list[Sample]] = {}
+    for sample in samples:
+        own.setdefault(sample.label, []).append(sample)
+    step = max(1, len(own) / REFERENCES_MOST)
+    chosen = [list(own.values())[int(place * step)] for place in range(min(len(own), REFERENCES_MOST))]
+    found = [some[rank] for rank in range(REFERENCES_EACH) for some in chosen if rank < len(some)]
+    shutil.rmtree(out / REFERENCES, ignore_errors=True)  # of an earlier training
+    (out / REFERENCES).mkdir()
+    for number, sample in enumerate(found[:REFERENCES_MOST]):
+        seen = read_picture(sample.path.read_bytes(), preprocessing, PIXELS).seen
+        seen.save(out / REFERENCES / f"{number:02d}.jpg", quality=95, subsampling=0)
 
 
 def write_metrics(out: Path, metrics: dict[str, Any]) -> None:

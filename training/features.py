@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.records import in_one_step
 from training.data import Images, mixed
 
-LARGEST = 2 * 2**30  # bytes of a split's features that are kept; larger ones are made in every epoch
+LARGEST = 2 * 2**30  # bytes of a split's features or decoded images that are kept; larger ones are made in every epoch
 BATCH = 64
 Batch = tuple[Tensor, Tensor]  # inputs of the learning part, and labels
 
@@ -95,6 +96,8 @@ def read_source(images: Images, frozen: nn.Sequential, place: Place, views: int)
     live = Live(images, frozen, place)
     numbers = range(1 if images.augmentation is None else views)
     if not len(frozen) or not numbers:
+        if 3 * len(images) * prod(images.preprocessing.size) <= LARGEST:
+            images.decode()
         return live
     (example, _) = next(live.batches([[0]], 0))
     if len(images) * len(numbers) * example.numel() * example.element_size() > LARGEST:

@@ -14,7 +14,7 @@ from torchserve_explain.records import readable
 from training.data import SPLITS, Data, read_folder
 from training.evaluation import Scores, evaluate
 from training.experiment import Experiment, Learnt
-from training.export import check_out, export, write_metrics
+from training.export import check_out, export, write_metrics, write_references
 from training.gan import Drawing, draw_samples
 from training.learning import learn, learn_direction
 from training.recipe import Part
@@ -42,6 +42,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     }
     write_metrics(experiment.out, metrics)  # first: the folder is known as training's own by it
     export(experiment.out, learnt.model, learnt.architecture, data.classes, preprocessing, recipe.method)
+    write_references(experiment.out, data.splits["val"], preprocessing)
     write_report(experiment.out, metrics, data, learnt.model, learnt.logits["test"], preprocessing, place.device)
     return metrics
 

@@ -14,16 +14,20 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.errors import ArchiveError
+from torchserve_explain.errors import ArchiveError, RequestError
 from torchserve_explain.network import build_network, read_labels
 from torchserve_explain.runtimes import choose_runtime
+from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Settings, read_settings
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, LABELS, ABOUT = "model-config.yaml", "weights.safetensors", "index_to_name.json", "archive.json"
+REFERENCES = "references"  # the folder of pictures that explanations compare with
+MOST_REFERENCES = 50
 MANIFEST = "MAR-INF"  # the folder of TorchServe's manifest, which holds the time of its making
 FORMAT = 1  # of what an archive holds; an archive without a number has this one, too
 
@@ -45,8 +49,8 @@ class Archive:
     def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1, compiles: bool = True) -> "Archive":
         """Load a .mar, or the folder of an unpacked one, for inputs `scale` times as high and wide as served.
 
-        Unless it `compiles`, passes are PyTorch's, and nothing is measured.
-        Raises ArchiveError where it cannot be read, or its parts do not fit each other.
+        References are there for inputs of the served size alone. Unless it `compiles`, passes are PyTorch's, and nothing is
+        measured. Raises ArchiveError where it cannot be read, or its parts do not fit each other.
         """
         with _unpacked(path) as folder:
             _check_format(path, folder)
@@ -56,6 +60,8 @@ class Archive:
             classifier = load_classifier(folder, settings, device, (height, width), len(labels))
             if labels and len(labels) != classifier.classes:
                 raise ArchiveError(f"{len(labels)} labels for a classifier of {classifier.classes} classes")
+            if scale == 1:
+                _refer(classifier, folder / REFERENCES, settings)
             names = labels or [str(index) for index in range(classifier.classes)]
             digest = digest_of(folder)
             if compiles:
@@ -84,6 +90,25 @@ def load_classifier(
         raise ArchiveError(str(error)) from None
     except RuntimeError as error:
         raise ArchiveError(f"the model cannot take a {size[0]}x{size[1]} image: {error}") from None
+
+
+def _refer(classifier: Classifier, folder: Path, settings: Settings) -> None:
+    """Give a classifier the pictures of a folder, if any, as references; raises ArchiveError naming one that is none."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if len(paths) > MOST_REFERENCES:
+        raise ArchiveError(f"{len(paths)} references; allowed: at most {MOST_REFERENCES}")
+    inputs: list[Tensor] = []
+    for path in paths:
+        try:
+            picture = read_picture(path.read_bytes(), settings.preprocessing, settings.explanations.limits.pixels)
+        except RequestError as reason:
+            raise ArchiveError(f"{path.relative_to(folder.parent)}: {str(reason).removeprefix('data: ')}") from None
+        inputs.append(picture.input)
+    if inputs:
+        try:
+            classifier.compare_with(torch.stack(inputs))
+        except ValueError as error:
+            raise ArchiveError(str(error)) from None
 
 
 def digest_of(folder: Path) -> str:
@@ -122,8 +147,8 @@ def _check_format(path: Path, folder: Path) -> None:
     what = "the archive" if path.is_dir() else path  # a worker's folder has no name of its own
     if not (folder / CONFIG).exists():
         raise ArchiveError(f"{what} holds no {CONFIG}; build it anew with torchserve-explain archive")
-    told = folder / ABOUT
-    found = json.loads(told.read_text(encoding="utf-8")).get("format") if told.exists() else FORMAT
+    about = folder / ABOUT
+    found = json.loads(about.read_text(encoding="utf-8")).get("format") if about.exists() else FORMAT
     if found != FORMAT:
         raise ArchiveError(
             f"{what} has the format {found}, and torchserve-explain {__version__} reads {FORMAT}; "

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchserve_explain.archive import ABOUT, CONFIG, LABELS, WEIGHTS, Archive, about
+from torchserve_explain.archive import ABOUT, CONFIG, LABELS, REFERENCES, WEIGHTS, Archive, about
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.errors import ArchiveError
@@ -85,6 +85,9 @@ def collect(folder: Path, options: argparse.Namespace, stage: Path) -> None:
     model = _first(options.model, folder / MODEL)
     if model is not None and content.get("classifier", {}).get("architecture") == MODEL:
         shutil.copyfile(model, stage / MODEL)
+    references = _first(options.references, folder / REFERENCES)
+    if references is not None:
+        shutil.copytree(references, stage / REFERENCES, ignore=shutil.ignore_patterns(".*"))
     source = read_source(folder)
     weights = _first(options.weights, *(folder / name for name in WEIGHT_FILES))
     if weights is None and source is None:
@@ -218,6 +221,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", type=_existing, help="a state dict: .safetensors, or .pt/.pth (loaded with weights_only)")
     command.add_argument("--labels", type=_existing, help='class names: a JSON list, {"0": name, ...}, or one name a line')
     command.add_argument("--config", type=_existing, help="a model-config.yaml (default: ImageNet preprocessing)")
+    command.add_argument(
+        "--references", type=_folder, help="a folder of pictures that explanations may compare with (baseline=references)"
+    )
     command.add_argument("--version", default="1.0", help="the model's version (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where archives go (default: model_store)")
 
@@ -249,6 +255,13 @@ def _existing(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not (path.is_dir() and any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"{text} is no folder that holds pictures")
     return path
 
 

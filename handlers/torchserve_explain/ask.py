@@ -17,7 +17,7 @@ URL = "http://127.0.0.1:8080"
 KEY = "TORCHSERVE_EXPLAIN_KEY"  # of the environment: other users of a machine see a command line
 
 
-def told(one: ExplainedMap) -> str:
+def sentence(one: ExplainedMap) -> str:
     """Say an explanation in one line: method, layer where it has one, target, numbers."""
     layer = f" at {one.parameters['layer']}" if "layer" in one.parameters else ""
     numbers = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in one.numbers.items())
@@ -40,7 +40,7 @@ def tell(found: ExplainedImage, draw: bool) -> None:
     """Print each map's numbers, and the map below them where it is to be drawn."""
     size = shutil.get_terminal_size()
     for one in found.explanations:
-        print(told(one))
+        print(sentence(one))
         if draw:
             print(half_blocks(one.overlay, size.columns, max(1, size.lines - 2)))
 

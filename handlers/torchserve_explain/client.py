@@ -167,11 +167,11 @@ def _encoded(image: Photo) -> bytes:
 
 def _pause(response: httpx.Response) -> float | None:
     """Return for how many seconds a server that is full wants to be left alone; None where it does not say so."""
-    told = response.headers.get("Retry-After")
-    if response.status_code not in FULL or told is None:
+    after = response.headers.get("Retry-After")
+    if response.status_code not in FULL or after is None:
         return None
     try:
-        seconds = float(told) if told.isdecimal() else (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
+        seconds = float(after) if after.isdecimal() else (parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):  # neither seconds nor a date with its zone
         return None
     return max(seconds, SHORTEST_PAUSE)
@@ -201,12 +201,12 @@ def _error(response: httpx.Response) -> Exception:
     """Return what the status of an answer means, in the server's words where it has any."""
     status = response.status_code
     try:
-        told = {"type": "", "message": "", **response.json()}
+        body = {"type": "", "message": "", **response.json()}
     except (ValueError, TypeError):
-        told = {"type": "", "message": response.text[:200]}
-    message = str(told["message"] or "") or f"{response.url} answered {status} {response.reason_phrase}"
+        body = {"type": "", "message": response.text[:200]}
+    message = str(body["message"] or "") or f"{response.url} answered {status} {response.reason_phrase}"
     if status not in KNOWN:
         return ServerError(f"{response.url} answered {status}: {message}")
-    if told["type"] == "InvalidKeyException":  # which TorchServe answers with 400
+    if body["type"] == "InvalidKeyException":  # which TorchServe answers with 400
         return KeyRefused(HTTPStatus(status), message, response.headers)
     return request_error(HTTPStatus(status), message, response.headers)

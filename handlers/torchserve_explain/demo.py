@@ -42,9 +42,9 @@ def show(server: Server, out: Path, console: Console) -> None:
     table = Table("method", "target", "score", "evaluations", "completeness error", "ms")
     cells: list[Cell] = []
     for method in track(METHODS, "explaining", console=console):
-        told = ask(server, "explanations", method=method).json()
-        (out / f"{method}.json").write_text(json.dumps(told, indent=1))
-        one = told["explanations"][0]
+        answer = ask(server, "explanations", method=method).json()
+        (out / f"{method}.json").write_text(json.dumps(answer, indent=1))
+        one = answer["explanations"][0]
         overlay = base64.b64decode(one["heatmap"]["overlay_png"])
         (out / f"{method}.png").write_bytes(overlay)
         scale, error = one["heatmap"]["scale"], one["completeness_error"]

@@ -46,17 +46,17 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """The length of the maps' difference as a fraction of the recorded map's, as their sketches tell it."""
+        """The length of the maps' difference as a fraction of the recorded map's, by their sketches."""
         before, after = _sketch(self.then), _sketch(self.now)
         return 0.0 if self.identical else float(np.linalg.norm(after - before) / (np.linalg.norm(before) or 1e-30))
 
     @property
     def cosine(self) -> float:
-        """The cosine of the maps, as their sketches tell it."""
+        """The cosine of the maps, by their sketches."""
         before, after = _sketch(self.then), _sketch(self.now)
         return float(before @ after / (np.linalg.norm(before) * np.linalg.norm(after) or 1e-30))
 
-    def told(self, tolerance: float) -> str:
+    def sentence(self, tolerance: float) -> str:
         """Say in a line how the map is now."""
         name = f"{self.then.method} of class {self.then.target}"
         if self.identical:
@@ -117,10 +117,10 @@ def _remade(then: MapRecord, image: bytes, archive: Archive, engine: Engine) -> 
     fields = then.parameters | {"data": image, "method": then.method, "target": then.target, "audit": True}
     raw = RawRequest(fields, {"explain": "True"})
     answer = engine.results([Piece(service.answer(raw))])[0].value
-    told: dict[str, Any] = json.loads(answer.body)
+    body: dict[str, Any] = json.loads(answer.body)
     if answer.status != 200:
-        raise ExplainError(f"{then.method} of class {then.target} cannot be made anew: {told['message']}")
-    (now,) = AuditRecord.model_validate(told["audit"]).explanations
+        raise ExplainError(f"{then.method} of class {then.target} cannot be made anew: {body['message']}")
+    (now,) = AuditRecord.model_validate(body["audit"]).explanations
     return now
 
 
@@ -174,14 +174,14 @@ def main(options: argparse.Namespace) -> int:
         archive = Archive.load(path, options.device)
         records = of_archive(records, archive.digest)
         print(f"image and archive are those of the record{'s' if len(records) > 1 else ''}")
-        compared = [one for record in records for one in _told(record, image, archive, options)]
+        compared = [one for record in records for one in _replayed(record, image, archive, options)]
     except (ExplainError, OSError, UnicodeDecodeError) as reason:
         print(f"replay: {reason}", file=sys.stderr)
         return 1
     return 0 if all(one.difference <= options.tolerance for one in compared) else 1
 
 
-def _told(record: AuditRecord, image: bytes, archive: Archive, options: argparse.Namespace) -> list[Comparison]:
+def _replayed(record: AuditRecord, image: bytes, archive: Archive, options: argparse.Namespace) -> list[Comparison]:
     """Replay one record and print what came of it, and first what else is not as it was."""
     here = versions() | {"device": options.device}
     for name, then in (record.versions | {"device": record.device}).items():
@@ -189,5 +189,5 @@ def _told(record: AuditRecord, image: bytes, archive: Archive, options: argparse
             print(f"{name} was {then} and is {here.get(name, 'unknown')}")
     compared = replay(record, image, archive)
     for one in compared:
-        print(one.told(options.tolerance))
+        print(one.sentence(options.tolerance))
     return compared

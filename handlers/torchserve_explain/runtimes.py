@@ -39,8 +39,8 @@ def choose_runtime(classifier: Classifier, settings: Settings, digest: str) -> N
 
 def processor() -> str:
     """Return the processor's name."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 

@@ -3,16 +3,14 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
+from torchserve_explain.attribution.capture import captured, gradients_at
 from torchserve_explain.attribution.compiled import COMPILER, Compiled, Pays, tried
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
@@ -48,6 +46,14 @@ class Normalization:
     def _like(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std [C, 1, 1] of the images' type and device."""
         return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class References:
+    """Images that others are compared with: `inputs` [n, C, H, W], normalised, and the `logits` [n, classes] that they have."""
+
+    inputs: Tensor
+    logits: Tensor
 
 
 class Classifier:
@@ -87,6 +93,15 @@ class Classifier:
         self.spatial_layers = self._layers_with_gradient()
         self.operations = operations(self._model, self.example)
         self._changed = _changes(self._model)
+        self.references: References | None = None
+
+    def compare_with(self, inputs: Tensor) -> None:
+        """Keep images [n, C, H, W] as the references, and their logits; raises ValueError naming one that has none."""
+        placed = inputs.to(self.device, self.dtype)
+        logits = torch.cat([self.logits(placed[start : start + 8]) for start in range(0, len(placed), 8)])
+        if broken := [number for number, row in enumerate(logits) if not row.isfinite().all()]:
+            raise ValueError(f"the model's logits of reference {broken[0] + 1} are not finite numbers")
+        self.references = References(placed, logits)
 
     @cached_property
     def aside(self) -> "Classifier | None":
@@ -190,12 +205,12 @@ class Classifier:
         with (
             torch.set_grad_enabled(gradient or bool(layers)),
             passing(model, stem) as edges,
-            _captured(model, {*layers, *activations}) as outputs,
+            captured(model, {*layers, *activations}) as outputs,
             interrupted(model, pause if rule is None else None),
         ):
             logits = model(x.clone())  # a clone, should the model work in place
             explained = selected(self.head, logits, targets, scores, versus)
-        early, *to_layers = _gradients(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
+        early, *to_layers = gradients_at(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
             found = Gradients(None, early, stem.pull)
@@ -323,36 +338,3 @@ def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     """Whether logits agree within a fraction of the largest, or both are not finite."""
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
-    """Return the gradient of the summed scores to each tensor; None where the scores do not depend on it."""
-    found: list[Tensor | None] = [None] * len(wanted)
-    positions = [position for position, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
-    if selected.requires_grad and positions:
-        reached = [wanted[position] for position in positions]
-        gradients = torch.autograd.grad(selected, reached, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
-        for position, gradient in zip(positions, gradients, strict=True):
-            found[position] = gradient
-    return found
-
-
-@contextmanager
-def _captured(model: nn.Module, layers: Set[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the named layers' outputs while the model runs; the autograd graph starts at the first of them if not before."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            starts_graph = torch.is_grad_enabled() and not output.requires_grad
-            outputs[name] = output.detach().requires_grad_() if starts_graph else output
-            return outputs[name].clone()  # the next layer may work in place
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

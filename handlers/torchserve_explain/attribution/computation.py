@@ -137,6 +137,11 @@ def both(first: Computation[A], second: Computation[B]) -> Computation[tuple[A, 
     return one.value, other.value
 
 
+def asking(rows: Rows) -> Computation[None]:
+    """Ask for rows, whose results their consumer keeps."""
+    yield [rows]
+
+
 def logits_of(inputs: Sequence[Tensor]) -> Computation[Tensor]:
     """Ask for the logits [n, classes] of inputs, on the CPU."""
     parts: list[Tensor] = []

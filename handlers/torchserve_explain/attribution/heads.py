@@ -27,7 +27,7 @@ class Head(StrEnum):
         return logits.softmax(-1) if self is Head.SOFTMAX else logits.sigmoid()
 
     def values(self, logits: Tensor) -> Tensor:
-        """Return what is told of each class [..., classes]: its probability, or the quantity itself."""
+        """Return what is reported of each class [..., classes]: its probability, or the quantity itself."""
         return logits if self is Head.NONE else self.probabilities(logits)
 
 

@@ -25,7 +25,7 @@ class QualityScore:
 
 
 class Quality:
-    """A measure of an explanation; its dataclass fields are the settings that are told with it."""
+    """A measure of an explanation; its dataclass fields are the settings that are reported with it."""
 
     @property
     def repeats(self) -> int:

@@ -1,4 +1,4 @@
-"""Memory: what running out of it looks like, and the C allocator told to keep what is freed."""
+"""Memory: what running out of it looks like, and the C allocator made to keep what is freed."""
 
 import ctypes
 import logging

@@ -114,12 +114,12 @@ class Lake:
     def about(self) -> dict[str, Any]:
         """Return what was asked; raises ArchiveError where there is none."""
         try:
-            told: dict[str, Any] = json.loads(self.place.read(ABOUT))
+            about: dict[str, Any] = json.loads(self.place.read(ABOUT))
         except FileNotFoundError:
             raise ArchiveError(f"{self.place.shown} holds no {ABOUT}; allowed: what explain --engine ray has written") from None
-        return told
+        return about
 
-    def tell(self, about: Mapping[str, Any]) -> None:
+    def write_about(self, about: Mapping[str, Any]) -> None:
         """Write what is asked; raises ArchiveError where something else lies in the place."""
         system, found = self.place.system, fs.FileSelector(self.place.path(), allow_not_found=True)
         names = {info.base_name for info in system.get_file_info(found)}

@@ -88,9 +88,9 @@ def prepare(options: argparse.Namespace, out: LakePlace) -> LakeWork:
         print(f"the pictures have no labels: {source.unlabelled}")
     lake = Lake(out)
     folder = PurePosixPath(data.path()).name
-    told = {"classifier": options.name, "archive": archive.digest, "data": folder, "target": options.target}
-    told["versus"] = options.versus
-    lake.tell({"format": FORMAT} | told | {"labels": archive.labels})
+    about = {"classifier": options.name, "archive": archive.digest, "data": folder, "target": options.target}
+    about["versus"] = options.versus
+    lake.write_about({"format": FORMAT} | about | {"labels": archive.labels})
     stamps = dict(zip(source.items["path"].to_pylist(), source.items["stamp"].to_pylist(), strict=True))
     due = _due(source.items, lake.keys(question.settings, stamps), list(question.methods))
     return LakeWork(path, asked, Decoder(data, archive.settings), lake, due, options.batch, options.actors)

@@ -17,7 +17,7 @@ from torchserve_explain.records import SUFFIXES
 PORTION = 32  # pictures that are read together
 READERS = 8  # threads that wait for a distant store
 COLUMNS = "path (text), image (bytes, or a struct that holds bytes), and label (text) where there is one"
-# A picture that can be explained. Those of Parquet are told by their file, row group and row in it.
+# A picture that can be explained. Those of Parquet are known by their file, row group and row in it.
 ITEMS = pa.schema(dict.fromkeys(("path", "label", "stamp", "file"), pa.string()) | {"group": pa.int64(), "row": pa.int64()})
 Read = tuple[int, bytes | OSError]  # a picture's index in its portion, and its content or why it cannot be read
 
@@ -97,9 +97,9 @@ def _pictures(names: Sequence[str], files: dict[str, fs.FileInfo], labels: Seque
         unlabelled = None
     except ArchiveError as reason:
         unlabelled = "they do not lie in subfolders" if folders == [""] else str(reason)
-    told = [None if unlabelled else name.partition("/")[0] for name in names]
+    given = [None if unlabelled else name.partition("/")[0] for name in names]
     stamps, count = [_stamp(files[name]) for name in names], len(names)
-    columns = [names, told, stamps, [None] * count, [0] * count, [0] * count]
+    columns = [names, given, stamps, [None] * count, [0] * count, [0] * count]
     return PictureSource(pa.table(columns, schema=ITEMS), unlabelled)
 
 

@@ -72,13 +72,13 @@ class Decoder:
         """Return what a picture's content tells; `pixels` is what the model sees, 8 bits a channel."""
         if isinstance(content, OSError):
             return {FAILED: f"it cannot be read: {content}"}
-        told: Record = {"digest": digest_of(content)}
+        record: Record = {"digest": digest_of(content)}
         try:
             picture = read_picture(content, self.settings.preprocessing, self.settings.explanations.limits.pixels)
         except (RequestError, MemoryError) as reason:
-            return told | {FAILED: str(reason) or "out of memory"}
+            return record | {FAILED: str(reason) or "out of memory"}
         seen = {"pixels": picture.seen.tobytes(), "width": picture.width, "height": picture.height, "crop": picture.crop}
-        return told | seen
+        return record | seen
 
 
 class LakeExplainer:
@@ -142,8 +142,8 @@ class LakeExplainer:
     def _failures(self, one: Record, why: str) -> list[Record]:
         """Return a row of each of a picture's maps, none of which can be made."""
         settings, methods = self._question.settings, self._question.methods
-        told = [{"map": name, "method": methods[name].name, "settings": settings[name], FAILED: why} for name in one["maps"]]
-        return [self._common(one) | row for row in told]
+        maps = [{"map": name, "method": methods[name].name, "settings": settings[name], FAILED: why} for name in one["maps"]]
+        return [self._common(one) | row for row in maps]
 
     def _common(self, one: Record) -> Record:
         names = ("path", "label", "stamp", "digest", "width", "height", "crop")

@@ -178,9 +178,9 @@ def _write(
         print(f"skipped {path}: {why}")
     named = zip((options.old, options.new), (question.archive for question in sides.asked), strict=True)
     archives = [{"archive": name, "version": archive.version, "digest": archive.digest} for name, archive in named]
-    told = {"old": archives[0], "new": archives[1]} | as_json(pictures, found) | {"skipped": skipped}
+    results = {"old": archives[0], "new": archives[1]} | as_json(pictures, found) | {"skipped": skipped}
     with in_one_step(options.out / COMPARISON) as unfinished:
-        unfinished.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
     for one in found:
         kept = "kept" if one.met else "NOT KEPT"
         print(f"{one.name}: {one.measured:.4f}, {'at least' if one.least else 'at most'} {one.limit:g}: {kept}")

@@ -195,8 +195,8 @@ def explain_here(options: argparse.Namespace) -> int:
         return 130
     for path, why in run.skipped.items():
         print(f"skipped {path}: {why}")
-    told = (data.resolve().name, options.target, options.versus)
-    overview = Overview(options.name, archive.labels, *told, run.skipped)
+    asked_for = (data.resolve().name, options.target, options.versus)
+    overview = Overview(options.name, archive.labels, *asked_for, run.skipped)
     print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview)}")
     return 0
 

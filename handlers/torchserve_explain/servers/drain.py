@@ -1,7 +1,7 @@
 """Waits until models, or a version of one, have no request in flight: scaling or unregistering them would answer it 500.
 
 New requests are still taken meanwhile, so clients are sent elsewhere first. The exit status is 0 once two looks in a row
-find none in flight, and 1 where the time is over, the server does not answer or does not tell of a name.
+find none in flight, and 1 where the time is over, the server does not answer or does not know a name.
 """
 
 import argparse
@@ -23,8 +23,8 @@ LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 def versions_in_flight(metrics: str) -> dict[tuple[str, str], float]:
     """Return the requests in flight of each model that the handler serves, by name and version; raises httpx.HTTPError."""
-    told = httpx.get(f"{metrics}/metrics", timeout=2).raise_for_status().text
-    found = ((dict(LABEL.findall(labels)), float(count)) for labels, count in GAUGE.findall(told))
+    text = httpx.get(f"{metrics}/metrics", timeout=2).raise_for_status().text
+    found = ((dict(LABEL.findall(labels)), float(count)) for labels, count in GAUGE.findall(text))
     return {(labels["ModelName"], labels.get("ModelVersion", "")): count for labels, count in found}
 
 
@@ -37,7 +37,7 @@ def in_flight(metrics: str) -> dict[str, float]:
 
 
 def wait_until_idle(count: Callable[[], float], seconds: float) -> float:
-    """Wait until two counts in a row are 0, since a request is told only after its first step.
+    """Wait until two counts in a row are 0, since the gauge counts a request only after its first step.
 
     Returns 0 then, and the last count that was not where so many seconds are over before.
     """
@@ -57,18 +57,18 @@ def wait_until_idle(count: Callable[[], float], seconds: float) -> float:
 def drain(names: list[str], metrics: str, seconds: float) -> None:
     """Wait until none of the models, NAME or NAME/VERSION, has a request in flight.
 
-    Raises ServerError where that cannot be told in time.
+    Raises ServerError where that cannot be seen in time.
     """
 
     def count() -> float:
         try:
-            told = versions_in_flight(metrics)
+            found = versions_in_flight(metrics)
         except httpx.HTTPError as error:
             raise ServerError(f"{metrics}/metrics does not answer: {error}") from None
-        each = {name: [count for known, count in told.items() if name in (known[0], "/".join(known))] for name in names}
+        each = {name: [count for known, count in found.items() if name in (known[0], "/".join(known))] for name in names}
         if missing := [name for name in names if not each[name]]:
-            known = ", ".join("/".join(filter(None, pair)) for pair in told)
-            raise ServerError(f"{metrics}/metrics tells nothing of {', '.join(missing)}; known: {known or 'none'}")
+            known = ", ".join("/".join(filter(None, pair)) for pair in found)
+            raise ServerError(f"{metrics}/metrics has nothing of {', '.join(missing)}; known: {known or 'none'}")
         return sum(map(sum, each.values()))
 
     if left := wait_until_idle(count, seconds):
@@ -82,7 +82,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Wait; TS_METRICS_ADDRESS says where the server tells its metrics."""
+    """Wait; TS_METRICS_ADDRESS says where the server has its metrics."""
     try:
         drain(options.names, os.environ.get("TS_METRICS_ADDRESS", METRICS).replace("0.0.0.0", "127.0.0.1"), options.seconds)
     except ServerError as reason:

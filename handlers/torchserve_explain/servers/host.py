@@ -153,10 +153,10 @@ class Host:
         self._fail_all(_closing())
 
 
-def named_archives(told: Sequence[str]) -> dict[str, Path]:
+def named_archives(specifications: Sequence[str]) -> dict[str, Path]:
     """Read archives, each PATH or NAME=PATH; raises ServerError where one does not exist or two have one name."""
     archives: dict[str, Path] = {}
-    for one in told:
+    for one in specifications:
         name, equals, path = one.partition("=")
         archive = Path(path if equals else name)
         name = name if equals else archive.stem

@@ -90,7 +90,7 @@ def __getattr__(name: str) -> Application:
     """Return `app`, built when it is asked for; raises ServerError where nothing is to be served."""
     if name != "app":
         raise AttributeError(name)
-    told = [one.strip() for one in os.environ.get(ARCHIVES, "").split(",") if one.strip()]
-    if not told:
+    named = [one.strip() for one in os.environ.get(ARCHIVES, "").split(",") if one.strip()]
+    if not named:
         raise ServerError(f"{ARCHIVES} is empty; allowed: a comma list of archives, each PATH or NAME=PATH")
-    return application(named_archives(told))
+    return application(named_archives(named))

@@ -236,7 +236,7 @@ def _drain(server: Server) -> None:
 
 
 def _in_flight(server: Server) -> float:
-    """Return how many requests the server's models work on, 0 where that is not told."""
+    """Return how many requests the server's models work on, 0 where it does not say."""
     with suppress(httpx.HTTPError):
         return sum(in_flight(server.metrics).values())
     return 0

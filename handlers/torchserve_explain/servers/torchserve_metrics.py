@@ -49,7 +49,7 @@ class Metrics:
         }
         self._told_at = 0.0
         self._told: dict[tuple[str, str | None], float] = {}  # totals that have been added so far
-        self._in_flight: int | None = None  # as told last
+        self._in_flight: int | None = None  # as reported last
         self.after_call(0)  # what a worker that was killed held is held no longer
 
     def answered(self, answer: Answer) -> None:

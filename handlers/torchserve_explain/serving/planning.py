@@ -11,6 +11,7 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.heads import Head
 from torchserve_explain.attribution.methods import Method, Smoothing
+from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.method import OwnRow
 from torchserve_explain.attribution.rows import Contrast, Score, Versus
 from torchserve_explain.errors import Unsupported
@@ -86,6 +87,7 @@ class Planner:
         report = capability_report(model, self.capabilities, defaults, self._labels, layers)
         report["parameters"]["timeout"]["maximum"] = self._limits.seconds
         report["head"] = self._classifier.head
+        report["parameters"]["baseline"]["allowed"] = [one for one in Baseline if one.serves(self._classifier)]
         narrow = self._classifier.narrow or torch.float32
         return report | {"arithmetic": str(narrow).removeprefix("torch."), "runtimes": self._classifier.runtimes}
 
@@ -142,13 +144,18 @@ class Planner:
         return [self._checked(method) for name in names for method in parameters.methods(name)]
 
     def _checked(self, method: Method) -> Method:
-        """Return the method if the layer it names exists; raises RequestError 400."""
-        layer = getattr(method, "layer", None)
+        """Return the method if the layer or the baseline that it names exists; raises RequestError 400."""
+        layer, baseline = (getattr(method, name, None) for name in ("layer", "baseline"))
         if layer is not None:
             try:
                 self._classifier.grid_layer(layer)
             except Unsupported as reason:
                 raise bad_request(f"layer: {shown(layer)} is not allowed: {reason}") from None
+        if baseline is not None:
+            try:
+                baseline.size(self._classifier)
+            except Unsupported as reason:
+                raise bad_request(str(reason)) from None
         return method
 
     def _within_budget(self, items: list[Item]) -> list[Item]:
@@ -161,6 +168,9 @@ class Planner:
         least = fixed + sum(item.fixed_rows(self._classifier, adaptive=True) for item in items)
         if least > limit:
             raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
+        most = max((one.evaluations(self._classifier) for item in items for one in item.methods if one.adaptive), default=0)
+        if most > self._limits.path_evaluations:
+            raise over_limit(f"{most} evaluations asked for; allowed: at most {self._limits.path_evaluations} a path")
         paths = sum(item.paths for item in items)
         budget = min(self._limits.path_evaluations, (limit - fixed) // max(1, paths))
         return [replace(item, budget=budget) for item in items]

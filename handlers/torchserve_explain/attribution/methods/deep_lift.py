@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation, both
+from torchserve_explain.attribution.computation import Computation, asking, both
 from torchserve_explain.attribution.functions import (
     ACTIVATION_NODES,
     ACTIVATIONS,
@@ -23,9 +24,9 @@ from torchserve_explain.attribution.functions import (
 from torchserve_explain.attribution.fused import OPENED
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import known_error
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method
+from torchserve_explain.attribution.methods.method import Attribution, Case, Method, stacked
 from torchserve_explain.attribution.norms import LayerNorm
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.rows import Evaluation, Score
 from torchserve_explain.errors import Unsupported
 
 NONLINEAR = ACTIVATION_NODES | JOINING_NODES | {"MaxPool2DWithIndices"}
@@ -180,7 +181,8 @@ def _max_pool(call: FunctionCall) -> Tensor:
 class DeepLift(Method):
     """What each value's difference from the baseline adds to the score, nonlinearities taken as their difference quotients.
 
-    map = (x - b) * multiplier, by the Rescale rule; it sums to F(x) - F(b); arXiv:1704.02685, equations 3 to 5.
+    map = (x - b) * multiplier, by the Rescale rule; it sums to F(x) - F(b); arXiv:1704.02685, equations 3 to 5. With
+    references the mean over them, which sums to F(x) - mean F(b).
     """
 
     name: ClassVar[str] = "deep_lift"
@@ -189,16 +191,22 @@ class DeepLift(Method):
     baseline: Baseline = Baseline.BLACK
 
     def evaluations(self, classifier: Classifier) -> int:
-        return 3  # image and baseline side by side, and the baseline's score
+        # image and baseline side by side, and the baseline's score where it is not known
+        return 2 * self.baseline.size(classifier) + self.baseline.score_rows
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        baseline = self.baseline.image(case)
-        pair = torch.cat([case.input, baseline])
-        evaluation, (baseline_score,) = yield from both(
-            case.evaluation(pair, rule=Rescale(), passes=2), case.scores(1, lambda _: baseline)
-        )
-        multiplier = evaluation.gradients[0, : len(case.input)]
-        attribution = (case.input - baseline) * multiplier
+        baselines, total = self.baseline.images(case), torch.zeros_like(case.input)
+
+        def pair(number: int) -> Tensor:
+            return torch.cat([case.input, baselines[number]])
+
+        def add(start: int, evaluation: Evaluation) -> None:
+            multipliers = evaluation.gradients[:, : len(case.input)]
+            total.add_(((case.input - baselines[start : start + len(multipliers)]) * multipliers).sum(0))
+
+        pairs = asking(case.rows(len(baselines), stacked(pair), add, rule=Rescale(), passes=2))
+        _, scores = yield from both(pairs, self.baseline.scores(case))
+        attribution, baseline_score = total / len(baselines), fmean(scores)
         return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score))
 
     @classmethod

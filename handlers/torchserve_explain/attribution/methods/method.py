@@ -35,6 +35,7 @@ class Draw(IntEnum):
     PERTURBATION = 5
     ORDER = 6
     CLASS = 7
+    REFERENCE = 8
 
 
 @dataclass(frozen=True)

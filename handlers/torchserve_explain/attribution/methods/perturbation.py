@@ -36,12 +36,12 @@ class Occlusion(Method):
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         windows = _windows(*case.input.shape[-2:])
-        hidden = self.baseline.image(case)
+        hidden = self.baseline.in_turn(case)
 
         def occluded(index: int) -> Tensor:
             rows, columns = windows[index]
             image = case.input.clone()
-            image[:, rows, columns] = hidden[:, rows, columns]
+            image[:, rows, columns] = hidden(index)[:, rows, columns]
             return image
 
         (whole,), scores = yield from both(case.scores(1, lambda _: case.input), case.scores(len(windows), occluded))
@@ -82,12 +82,12 @@ class Rise(Method):
         return self.samples
 
     def attribute(self, case: Case) -> Computation[Attribution]:
-        hidden = self.baseline.image(case)
+        hidden = self.baseline.in_turn(case)
         shown, score_shown = (torch.zeros_like(case.input[:1]) for _ in range(2))
         scores: list[float] = []
 
         def masked(number: int) -> Tensor:
-            return torch.lerp(hidden, case.input, random_mask(case, number))
+            return torch.lerp(hidden(number), case.input, random_mask(case, number))
 
         def add(start: int, evaluation: Evaluation) -> None:
             for number, score in enumerate(evaluation.scores.tolist(), start):

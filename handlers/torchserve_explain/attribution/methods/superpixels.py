@@ -1,6 +1,8 @@
 """Surrogates over superpixels: a linear model of the score with regions of the image hidden; forward rows alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +12,7 @@ from skimage.segmentation import slic
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Computation, background
+from torchserve_explain.attribution.computation import Computation, background, both
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.completeness import completeness_error
 from torchserve_explain.attribution.methods.method import Attribution, Case, Draw, Method, Samples, pixels_of
@@ -23,21 +25,24 @@ Floats = NDArray[np.float64]
 
 
 class Superpixels:
-    """A case's image cut into regions by SLIC (10.1109/TPAMI.2012.120), each shown or hidden behind the baseline."""
+    """A case's image cut into regions by SLIC (10.1109/TPAMI.2012.120), each shown or hidden behind a baseline."""
 
     def __init__(self, case: Case, baseline: Baseline) -> None:
         self._case = case
-        self._hidden = baseline.image(case)
+        self._hidden = baseline.images(case)
         labels = slic(pixels_of(case), n_segments=SEGMENTS, compactness=10, sigma=1, start_label=0, channel_axis=-1)
         self.count = int(labels.max()) + 1
         self._labels = torch.from_numpy(labels).to(case.input.device)
 
-    def scores(self, coalitions: Floats) -> Computation[Floats]:
-        """Return the score [n] with only a coalition's regions shown, for each coalition [n, count] of 0 and 1."""
+    def scores(self, coalitions: Floats, baselines: Sequence[int]) -> Computation[Floats]:
+        """Return the score [n] with a coalition's regions shown and the rest behind the baseline of a number, for each.
+
+        `coalitions` [n, count] are of 0 and 1.
+        """
         shown = torch.from_numpy(coalitions > 0).to(self._labels.device)
 
         def image(number: int) -> Tensor:
-            return torch.where(shown[number][self._labels], self._case.input, self._hidden)
+            return torch.where(shown[number][self._labels], self._case.input, self._hidden[baselines[number]])
 
         return np.array((yield from self._case.scores(len(coalitions), image)))
 
@@ -67,10 +72,10 @@ class Lime(Method):
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         regions = yield from background(Superpixels, case, self.baseline)
-        draw = case.draw(Draw.COALITION, 0)
+        draw, turn = case.draw(Draw.COALITION, 0), self.baseline.turns(case)
         coalitions = (draw.random((self.samples, regions.count)) < 0.5).astype(float)
         coalitions[0] = 1  # the image itself
-        scores = yield from regions.scores(coalitions)
+        scores = yield from regions.scores(coalitions, [turn(number) for number in range(self.samples)])
         return Attribution(regions.spread(local_ridge(coalitions, scores)))
 
 
@@ -90,7 +95,8 @@ class KernelShap(Method):
 
     Least squares over `samples` coalitions drawn by the Shapley kernel, each with its complement, under the constraint
     that the values sum to F(x) - F(b); arXiv:1705.07874, theorem 2; the pairs arXiv:2012.01536. A region's pixels share
-    its value, signed.
+    its value, signed. With references a pair has one of them, in turn, and its rise is that above the reference's own
+    score: values of games add, so these are those of the mean game, and sum to F(x) - mean F(b).
     """
 
     name: ClassVar[str] = "kernel_shap"
@@ -100,17 +106,19 @@ class KernelShap(Method):
     samples: Samples = 200
 
     def evaluations(self, classifier: Classifier) -> int:
-        return self.samples + 2  # all regions, and none
+        return self.samples + 1 + self.baseline.score_rows  # all regions, and none where that is not known
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         regions = yield from background(Superpixels, case, self.baseline)
-        drawn = shapley_coalitions(regions.count, self.samples, case.draw(Draw.COALITION, 0))
-        ends = np.stack([np.ones(regions.count), np.zeros(regions.count)])
-        scores = yield from regions.scores(np.concatenate([ends, drawn]))
-        whole, nothing = scores[:2].tolist()
-        values = shapley_values(drawn, scores[2:] - nothing, whole - nothing)
+        drawn, turn = shapley_coalitions(regions.count, self.samples, case.draw(Draw.COALITION, 0)), self.baseline.turns(case)
+        behind = [0, *(turn(number // 2) for number in range(self.samples))]
+        asked = regions.scores(np.concatenate([np.ones((1, regions.count)), drawn]), behind)
+        (whole, *scores), nothing = yield from both(asked, self.baseline.scores(case))
+        own = np.array(nothing)[behind[1:]]
+        values = shapley_values(drawn, np.array(scores) - own, whole - own)
+        values += (np.mean(own) - np.mean(nothing)) / regions.count  # all references count alike, however many were drawn
         attribution = regions.spread(values)
-        return Attribution(attribution, nothing, completeness_error(float(attribution.sum()), whole, nothing))
+        return Attribution(attribution, fmean(nothing), completeness_error(float(attribution.sum()), whole, fmean(nothing)))
 
 
 def shapley_coalitions(count: int, samples: int, draw: np.random.Generator) -> Floats:
@@ -124,9 +132,13 @@ def shapley_coalitions(count: int, samples: int, draw: np.random.Generator) -> F
     return np.stack(pairs)[:samples]
 
 
-def shapley_values(coalitions: Floats, rises: Floats, total: float) -> Floats:
-    """Return the values [count] that sum to `total` and fit the coalitions' rises best; the smallest where many do."""
-    even = np.full(coalitions.shape[1], total / coalitions.shape[1])
-    deviations = coalitions - coalitions.mean(1, keepdims=True)  # what is left of them to values that sum to zero
-    solution: Floats = even + np.linalg.lstsq(deviations, rises - coalitions @ even, rcond=None)[0]
+def shapley_values(coalitions: Floats, rises: Floats, totals: Floats) -> Floats:
+    """Return the values [count] that sum to the mean of `totals` and fit the rises best; the smallest where many do.
+
+    Each coalition's rise is of a game of its own, whose values sum to its total.
+    """
+    shares = coalitions.mean(1, keepdims=True)
+    # What is left of coalitions to values that sum to zero, beside even ones.
+    solution: Floats = np.linalg.lstsq(coalitions - shares, rises - shares[:, 0] * totals, rcond=None)[0]
+    solution += np.mean(totals) / coalitions.shape[1]
     return solution
