@@ -106,7 +106,7 @@ def test_where_only_single_rows_or_only_many_pay_they_share_no_pass(pays):
         "gradient": "torch",
     }
     engine = Engine(ours, 8)
-    engine.run([Piece(asking(picture(), 1)), Piece(asking(picture(), 3))])
+    engine.run([Piece(asking(picture(), 1), 9), Piece(asking(picture(), 3), 9)])  # neither is short
     assert (engine.passes, engine.rows) == (2, 4)
 
 
