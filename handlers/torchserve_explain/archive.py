@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import platform
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -167,6 +168,8 @@ def _has_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
     cuda = torch.device(device).type == "cuda"
     has = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not cuda and platform.machine() == "x86_64":  # oneDNN emulates it on any AVX-512, and is slower then
+        has = has and torch.cpu._is_avx512_bf16_supported()
     if not has:
         log.warning("explanations.arithmetic stays float32: this processor has no bfloat16")
     return bool(has)
