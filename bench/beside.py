@@ -1,4 +1,4 @@
-"""Short requests alone and beside clients that explain: continuous batching, whole batches, and TorchServe's own handler."""
+"""Short requests alone and beside clients that explain: continuous, also by PyTorch alone, in whole batches, stock."""
 
 import os
 import tempfile
@@ -22,7 +22,11 @@ from torchserve_explain.paths import ROOT
 from torchserve_explain.records import progress
 from torchserve_explain.servers.torchserve import Server, free_ports, serving
 
-MODES = {"continuous": "continuousBatching: true\n", "classic": "continuousBatching: false\n"}  # of our handler
+MODES = {  # of our handler
+    "continuous": "continuousBatching: true\n",
+    "torch": "{continuousBatching: true, explanations: {runtime: torch}}\n",
+    "classic": "continuousBatching: false\n",
+}
 STOCK = "stock"
 SHORT = {"prediction": ("predictions", {}), "Grad-CAM": ("explanations", {"method": "grad_cam"})}
 BUSY = [{"method": "integrated_gradients"}, {"method": "integrated_gradients"}, {"method": "occlusion"}]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import ours
-from bench.floor import FORWARD_ROWS, GRADIENT_ROWS, PACKS, floor_run
+from bench.floor import FORWARD_ROWS, GRADIENT_ROWS, PACKS, compiled_run, floor_run
 from bench.ours import Outcome, Run
 from bench.peers import CAMS, CAPTUM, CHUNKED, CHUNKS, captum_run, grad_cam_run, zennit_run
 from bench.subjects import Subject
@@ -44,6 +44,9 @@ def contestants(work: str) -> list[Contestant]:
     found = [Contestant("ours", ours.prepare, tuned=True)]
     if work in FORWARD_ROWS or work in CAMS:
         found.append(Contestant("ours, bfloat16", ours.prepare_narrow, tuned=True))
+    if work in FORWARD_ROWS:
+        found.append(Contestant("ours, torch", ours.prepare_torch, tuned=True))
+        found.append(Contestant("floor, compiled", compiled_run, tuned=True))
     if work in (*CAPTUM, *ours.SENSITIVITIES, ours.WITHIN, "five methods"):
         found.append(Contestant("captum", captum_run, tuned=False))
         found.append(Contestant("captum, tuned", captum_run, tuned=True, chunks=CHUNKS if work in CHUNKED else ()))

@@ -4,6 +4,7 @@ import torch
 
 from bench.ours import PATHS, SMOOTHED, Outcome, Run
 from bench.subjects import Subject
+from torchserve_explain.attribution.compiled import Compiled
 from torchserve_explain.attribution.methods.perturbation import Occlusion
 
 PACKS = (8, 16, 25)  # rows a pass that are tried
@@ -16,11 +17,29 @@ GRADIENT_ROWS = {
 FORWARD_ROWS = {"occlusion", "lime", "kernel_shap"}
 
 
+def _rows(work: str, subject: Subject) -> int:
+    """Return how many rows a work takes."""
+    occlusion = Occlusion().evaluations(subject.classifier)
+    return len(subject.images) * GRADIENT_ROWS.get(work, occlusion if work == "occlusion" else 200)
+
+
+def compiled_run(work: str, subject: Subject, _pack: int | None) -> Run:
+    """Return a run of a work's rows through the compiled forward pass, whether or not the engine would use it."""
+    forward = subject.classifier.compiled or Compiled(subject.classifier._model, subject.classifier.example)
+    rows = subject.images[:1].expand(_rows(work, subject), -1, -1, -1)
+
+    def run() -> Outcome:
+        for part in torch.split(rows, PACKS[1]):
+            forward(part)
+        return Outcome(None, len(rows))
+
+    return run
+
+
 def floor_run(work: str, subject: Subject, pack: int | None) -> Run:
     """Return a run of a work's rows through the network as the engine has it: frozen, folded, channels-last."""
     gradient = work in GRADIENT_ROWS
-    each = GRADIENT_ROWS[work] if gradient else Occlusion().evaluations(subject.classifier) if work == "occlusion" else 200
-    total, network = each * len(subject.images), subject.classifier._model
+    total, network = _rows(work, subject), subject.classifier._model
     rows = subject.images[:1].expand(pack or PACKS[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def run() -> Outcome:

@@ -3,21 +3,18 @@
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "captum", "grad-cam", "zennit", "torchserve")
+from torchserve_explain.runtimes import processor
+
+PACKAGES = ("torch", "torchvision", "captum", "grad-cam", "zennit", "torchserve", "openvino")
 
 
 def describe(threads: int) -> dict[str, str]:
     """Return the machine, the versions, the threads and the arithmetic, in words."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = next(
-        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor()
-    )
     return {
-        "processor": f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{processor()}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(threads),
         "dtype": "float32",
         "python": platform.python_version(),

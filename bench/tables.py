@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
-PEERS = ("ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor")
+PEERS = ("ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor", "ours, torch", "floor, compiled")
 HEAD = "| work | ours, s | peer | peer, s | ratio | memory ours / peer, MB | error ours / peer | cosine |"
 
 

@@ -43,6 +43,7 @@ def test_a_contest_has_the_engine_first_and_a_floor_where_there_is_one():
     names = {work: [contestant.name for contestant in contestants(work)] for work in (*WORKS, *SENSITIVITIES)}
     assert all(found[0] == "ours" and len(found) > 1 for found in names.values())
     assert names["grad_cam"] == ["ours", "ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam"]
+    assert names["occlusion"][1:4] == ["ours, bfloat16", "ours, torch", "floor, compiled"]
     assert names["lrp"][-1] == "zennit"
     assert "floor" in names["integrated_gradients, 50 steps"]
 

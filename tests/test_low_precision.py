@@ -111,8 +111,10 @@ def test_a_model_that_does_not_run_in_bfloat16_is_served_in_float32(caplog):
 def test_an_archive_chooses_its_arithmetic(tmp_path, monkeypatch, caplog):
     settings = stage(tmp_path, "bfloat16")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert load_classifier(tmp_path, settings, "cpu", SIZE).narrow is torch.bfloat16
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # oneDNN would emulate it
     with caplog.at_level(logging.WARNING):
         assert load_classifier(tmp_path, settings, "cpu", SIZE).narrow is None
     assert "no bfloat16" in caplog.text

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import platform
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.errors import ArchiveError, RequestError
 from torchserve_explain.network import build_network, read_labels, run_module
+from torchserve_explain.runtimes import choose_runtime
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Prepare, Settings, read_settings
 
@@ -46,11 +48,11 @@ class Archive:
     version: str = "1.0"
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1) -> "Archive":
+    def load(cls, path: Path, device: torch.device | str = "cpu", scale: int = 1, compiles: bool = True) -> "Archive":
         """Load a .mar, or the folder of an unpacked one, for inputs `scale` times as high and wide as served.
 
-        References are there for inputs of the served size alone.
-        Raises ArchiveError where it cannot be read, or its parts do not fit each other.
+        References are there for inputs of the served size alone. Unless it `compiles`, passes are PyTorch's, and nothing is
+        measured. Raises ArchiveError where it cannot be read, or its parts do not fit each other.
         """
         with _unpacked(path) as folder:
             _check_format(path, folder)
@@ -66,7 +68,10 @@ class Archive:
             if scale == 1:
                 _refer(classifier, folder / REFERENCES, settings)
             names = labels or [str(index) for index in range(classifier.classes)]
-            return cls(classifier, names, settings, digest_of(folder), _version(folder))
+            digest = digest_of(folder)
+            if compiles:
+                choose_runtime(classifier, settings, digest)
+            return cls(classifier, names, settings, digest, _version(folder))
 
     def classes(self, label: str | None) -> list[int]:
         """Return the classes that are called so: several may share a label."""
@@ -177,6 +182,8 @@ def _has_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
     cuda = torch.device(device).type == "cuda"
     has = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not cuda and platform.machine() == "x86_64":  # oneDNN emulates it on any AVX-512, and is slower then
+        has = has and torch.cpu._is_avx512_bf16_supported()
     if not has:
         log.warning("explanations.arithmetic stays float32: this processor has no bfloat16")
     return bool(has)

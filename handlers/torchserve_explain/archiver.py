@@ -161,7 +161,7 @@ def check(stage: Path, weights: bool = False) -> None:
     With `weights` the randomisation test of the served methods is printed, too.
     """
     try:
-        archive = Archive.load(stage)
+        archive = Archive.load(stage, compiles=False)
         service = Service(
             archive.classifier, archive.labels, archive.settings, {"name": "check", "version": "0"}, archive.digest
         )

@@ -2,23 +2,23 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
+from torchserve_explain.attribution.capture import captured, gradients_at
+from torchserve_explain.attribution.compiled import COMPILER, Compiled, Pays, tried
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.heads import Head, fit_head
 from torchserve_explain.attribution.interruption import interrupted, is_independent, sharing_copy
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
 from torchserve_explain.attribution.low_precision import narrowed
-from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Gradients, Layer, Score, Versus
+from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Form, Gradients, Layer, Rows, Score, Versus
 from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
 from torchserve_explain.errors import Unsupported
@@ -84,6 +84,8 @@ class Classifier:
         self.head = fit_head(self._model, self.example, head, labels)
         self.classes = self.logits(self.example).shape[1]
         self._check_rows()
+        self.compiled: Compiled | None = None
+        self.pays = Pays(one=False, many=False)
         self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
@@ -122,6 +124,44 @@ class Classifier:
             parameter.data = parameter.data.flatten()[places].view(parameter.shape).contiguous()
         height, width = self.example.shape[-2:]
         return Classifier(model, self.normalization, (height, width), self.device, head=self.head)
+
+    def compile(self, picture: Tensor, pack: int, seconds: float, known: Pays | None = None) -> Pays | None:
+        """Compile the forward pass, and use it where it answers equally and is faster; return for which rows it is.
+
+        It is tried on `picture` [C, H, W], a normalised photo, beside passes of `pack` rows; what is `known` is not measured
+        again. None where it cannot be compiled, does not answer equally, or takes more seconds to find out; the log says so.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return None
+        if known == Pays(one=False, many=False):
+            return known
+        deadline = time.monotonic() + seconds
+
+        def module(rows: Tensor) -> Tensor:
+            return torch.cat([self.logits(part) for part in torch.split(rows, pack)])
+
+        try:
+            compiled = Compiled(self._model, self.example)
+            pays = tried(module, compiled, picture, deadline, known)
+        except Exception as error:  # it is the user's own forward that is traced here
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("passes stay PyTorch's: the model is not compiled: %s", reason)
+            return None
+        self.compiled, self.pays = (compiled if pays.one or pays.many else None), pays
+        return pays
+
+    def form(self, rows: Rows) -> Form:
+        """Return which form of the model evaluates rows: the same whoever shares their pass, so that they answer the same."""
+        if self._narrow is not None and not rows.gradient and not rows.precise:
+            return Form.NARROW
+        more = rows.gradient or rows.layers or rows.activations or rows.rule is not None
+        return Form.MODULE if more or not (self.pays.one if rows.count == 1 else self.pays.many) else Form.COMPILED
+
+    @property
+    def runtimes(self) -> dict[str, str]:
+        """What runs the passes: of rows that a request asks for alone, such as predictions, of many, and with gradients."""
+        compiled = {"one_row": self.pays.one, "many_rows": self.pays.many, "gradient": False}
+        return {kind: COMPILER if pays else "torch" for kind, pays in compiled.items()}
 
     @property
     def last_layer(self) -> str | None:
@@ -174,12 +214,12 @@ class Classifier:
         with (
             torch.set_grad_enabled(gradient or bool(layers)),
             passing(model, stem) as edges,
-            _captured(model, {*layers, *activations}) as outputs,
+            captured(model, {*layers, *activations}) as outputs,
             interrupted(model, pause if rule is None else None),
         ):
             logits = model(x.clone())  # a clone, should the model work in place
             explained = selected(self.head, logits, targets, scores, versus)
-        early, *to_layers = _gradients(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
+        early, *to_layers = gradients_at(explained, [edges[0] if edges else x, *(outputs[name] for name in layers)])
         found = None
         if gradient and stem is not None and early is not None:
             found = Gradients(None, early, stem.pull)
@@ -193,6 +233,19 @@ class Classifier:
             {name: self._layer(name, outputs[name], to_layer) for name, to_layer in zip(layers, to_layers, strict=True)},
             {name: self._grid(name, outputs[name]) for name in activations},
         )
+
+    def evaluate_compiled(
+        self,
+        inputs: Tensor,
+        targets: Sequence[int | None],
+        scores: Sequence[Score],
+        versus: Sequence[Versus | None] = (),
+        pause: Callable[[], None] | None = None,
+    ) -> Evaluation:
+        """Run one pass of the compiled model for scores alone; see `evaluate`. `pause` is called between rows."""
+        assert self.compiled is not None
+        logits = self.compiled(inputs, pause)
+        return Evaluation(logits, selected(self.head, logits, targets, scores, versus), None, {}, {})
 
     def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
         return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))
@@ -295,36 +348,3 @@ def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     """Whether logits agree within a fraction of the largest, or both are not finite."""
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-def _gradients(selected: Tensor, wanted: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
-    """Return the gradient of the summed scores to each tensor; None where the scores do not depend on it."""
-    found: list[Tensor | None] = [None] * len(wanted)
-    positions = [position for position, one in enumerate(wanted) if isinstance(one, GradientEdge) or one.requires_grad]
-    if selected.requires_grad and positions:
-        reached = [wanted[position] for position in positions]
-        gradients = torch.autograd.grad(selected, reached, torch.ones_like(selected), allow_unused=True)  # type: ignore[arg-type]
-        for position, gradient in zip(positions, gradients, strict=True):
-            found[position] = gradient
-    return found
-
-
-@contextmanager
-def _captured(model: nn.Module, layers: Set[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the named layers' outputs while the model runs; the autograd graph starts at the first of them if not before."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            starts_graph = torch.is_grad_enabled() and not output.requires_grad
-            outputs[name] = output.detach().requires_grad_() if starts_graph else output
-            return outputs[name].clone()  # the next layer may work in place
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

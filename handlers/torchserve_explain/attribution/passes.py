@@ -18,7 +18,7 @@ from torchserve_explain.attribution.policy import (
     is_short,
     remaining_seconds,
 )
-from torchserve_explain.attribution.rows import Evaluation, Rows
+from torchserve_explain.attribution.rows import Evaluation, Form, Rows
 from torchserve_explain.attribution.tasks import Slice, Task
 
 
@@ -95,9 +95,8 @@ class Passes:
         return remaining_seconds(task, lambda rows: expected(self._kind(rows)), self._paces.cheapest())
 
     def _kind(self, rows: Rows) -> Kind:
-        """Rows of equal kind may share a pass: they all go back or none does, by one rule, in one arithmetic."""
-        low = self._classifier.narrow is not None and not rows.gradient and not rows.precise
-        return rows.gradient or bool(rows.layers), rows.rule, low
+        """Rows of equal kind may share a pass: they all go back or none does, by one rule, in one form of the model."""
+        return rows.gradient or bool(rows.layers), rows.rule, self._classifier.form(rows)
 
     def _fill(self, order: Sequence[Task[Any]]) -> list[Slice]:
         """Fill a pack: the first waiting block decides the kind of pass, blocks of that kind ride along.
@@ -119,16 +118,19 @@ class Passes:
     ) -> Evaluation:
         """Evaluate the rows of slices of one kind in one pass."""
         wanted = [part.block.rows for part in slices for _ in range(part.count)]
+        targets, scores, versus = ([getattr(rows, name) for rows in wanted] for name in ("target", "score", "versus"))
+        if classifier.form(wanted[0]) is Form.COMPILED:
+            return classifier.evaluate_compiled(inputs, targets, scores, versus, pause)
         return classifier.evaluate(
             inputs,
-            [rows.target for rows in wanted],
-            [rows.score for rows in wanted],
+            targets,
+            scores,
             gradient=any(rows.gradient for rows in wanted),
             each=any(rows.gradient and not rows.summed for rows in wanted),
             layers=sorted({layer for rows in wanted for layer in rows.layers}),
             activations=sorted({layer for rows in wanted for layer in rows.activations}),
             rule=wanted[0].rule,
             precise=any(rows.precise for rows in wanted),
-            versus=[rows.versus for rows in wanted],
+            versus=versus,
             pause=pause,
         )

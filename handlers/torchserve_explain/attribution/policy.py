@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from torchserve_explain.attribution.rows import Rows
+from torchserve_explain.attribution.rows import Form, Rows
 from torchserve_explain.attribution.tasks import Task
 
 AGEING = 8  # one pass in so many belongs to the request that has waited longest, so that nothing starves
@@ -15,7 +15,7 @@ MEASURED = 3  # passes that must have been measured before they make anything ce
 SHORT = 2  # rows in all of a request that may interrupt a pass, and shares passes with its like alone
 GROWING = 50  # passes that must fit before a halved pack is tried at twice the size
 
-Kind = tuple[bool, Any, bool]
+Kind = tuple[bool, Any, Form]
 
 
 class Pace:
@@ -44,8 +44,8 @@ class Paces:
 
     def of(self, kind: Kind) -> Pace:
         """Return a kind's pace; what parameters a changed model has does not matter."""
-        backward, rule, low_precision = kind
-        return self._paces.setdefault((backward, type(rule), low_precision), Pace())
+        backward, rule, form = kind
+        return self._paces.setdefault((backward, type(rule), form), Pace())
 
     def expected(self, kind: Kind) -> float:
         """Return the seconds that a row is expected to take; one never seen is taken for an average one."""

@@ -35,6 +35,14 @@ class Contrast(StrEnum):
 Versus = int | Contrast  # a class, or what stands for one
 
 
+class Form(StrEnum):
+    """Which form of the model evaluates rows: the module, its copy in low precision, or its compiled forward pass."""
+
+    MODULE = "module"
+    NARROW = "narrow"
+    COMPILED = "compiled"
+
+
 class BackwardRule(Protocol):
     """A change of the model's layers under which a pass runs; equal rules share passes."""
 

@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace, out: LakePlace) -> LakeWork:
     if data.local and out.local:
         check_apart(Path(data.path()), Path(out.path()))
     path = ensure_archive(options.name, options.store)
-    archive = Archive.load(path)
+    archive = Archive.load(path, compiles=False)
     if archive.settings.preprocessing.code is not None:
         raise ArchiveError("the archive prepares pictures by preprocess.py; allowed: without --engine ray")
     asked = LakeQuestion(options.methods, options.target, options.versus, dict(options.set), options.overlays)

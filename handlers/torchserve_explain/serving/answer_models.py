@@ -141,13 +141,9 @@ class ExplainedMap(AnswerPart):
     @property
     def numbers(self) -> dict[str, float]:
         """What the answer says of this map in numbers: its score, cost, errors and qualities, as far as it has them."""
-        told = {"score": self.target.score, "evaluations": self.evaluations, "completeness_error": self.completeness_error}
-        every = (
-            told
-            | {"map_error": self.map_error, "sampling_error": self.sampling_error}
-            | self.quality
-            | {"milliseconds": self.milliseconds}
-        )
+        own = ("evaluations", "completeness_error", "map_error", "sampling_error")
+        every = {"score": self.target.score} | {name: getattr(self, name) for name in own} | self.quality
+        every |= {"milliseconds": self.milliseconds}
         return {name: value for name, value in every.items() if value is not None}
 
     def _repr_html_(self) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from torchserve_explain import __version__
+from torchserve_explain.attribution.compiled import openvino_version
 from torchserve_explain.serving.answers import Explanation, Report
 from torchserve_explain.serving.pictures import Map
 
@@ -87,8 +88,9 @@ def write(record: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what maps depend on."""
-    return {
+    """Return the versions of what maps depend on, OpenVINO's where it is installed."""
+    compiler = openvino_version()
+    return ({} if compiler is None else {"openvino": compiler}) | {
         "torchserve-explain": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

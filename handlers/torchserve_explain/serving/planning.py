@@ -81,14 +81,14 @@ class Planner:
             raise bad_request(f"output: openapi is no default; allowed: {', '.join(RENDERERS)}")
 
     def report(self, model: Mapping[str, str]) -> dict[str, Any]:
-        """Return what clients may ask for, ready for JSON, and the arithmetic of rows without a gradient."""
+        """Return what clients may ask for, ready for JSON, and what computes it: arithmetic and runtimes."""
         defaults, layers = read_parameters(self._defaults), list(self._classifier.spatial_layers)
         report = capability_report(model, self.capabilities, defaults, self._labels, layers)
         report["parameters"]["timeout"]["maximum"] = self._limits.seconds
         report["head"] = self._classifier.head
         report["parameters"]["baseline"]["allowed"] = [one for one in Baseline if one.serves(self._classifier)]
         narrow = self._classifier.narrow or torch.float32
-        return report | {"arithmetic": str(narrow).removeprefix("torch.")}
+        return report | {"arithmetic": str(narrow).removeprefix("torch."), "runtimes": self._classifier.runtimes}
 
     def items(self, request: Request) -> list[Item]:
         """Return what is to be explained of each image; raises RequestError for what is not there or not allowed."""

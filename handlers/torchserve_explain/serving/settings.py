@@ -122,15 +122,17 @@ class Limits(Section):
 
 
 class Explanations(Section):
-    """The archive's own defaults of a client's parameters, its limits, and the arithmetic of rows without a gradient.
+    """The archive's own defaults of a client's parameters, its limits, and how rows without a gradient are computed.
 
     `methods` are those that it serves, None all that the classifier can; the others are neither listed nor served.
     In bfloat16 those rows take half the time where the processor has it, and maps move a little; elsewhere, and for
-    predictions and gradients, it stays float32. With `audit: log` each explanation's audit record goes to the log.
+    predictions and gradients, it stays float32. With `runtime: auto` passes without a gradient are compiled where that
+    answers equally and is faster. With `audit: log` each explanation's audit record goes to the log.
     """
 
     audit: Literal["log"] | None = None
     arithmetic: Literal["float32", "bfloat16"] = "float32"
+    runtime: Literal["auto", "torch"] = "auto"
     methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     defaults: dict[str, Any] = {}
     limits: Limits = Limits()
@@ -159,6 +161,7 @@ class Settings(BaseModel):
     preprocessing: Preprocessing = Preprocessing()
     explanations: Explanations = Explanations()
     responseTimeout: PositiveInt = 120  # noqa: N815 (TorchServe's name and default)
+    startupTimeout: PositiveInt = 120  # noqa: N815
     continuousBatching: bool = False  # noqa: N815 (absent: whole batches are answered)
     minWorkers: PositiveInt = 1  # noqa: N815
     maxWorkers: PositiveInt = 1  # noqa: N815

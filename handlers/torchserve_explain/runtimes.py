@@ -1,0 +1,74 @@
+"""Which runtime an archive's passes have on this machine: tried when it is loaded, and remembered."""
+
+import json
+import logging
+import os
+import platform
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from torchserve_explain import __version__
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.compiled import Pays, openvino_version
+from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.settings import Settings
+
+log = logging.getLogger(__name__)
+PHOTO = files("skimage") / "data" / "coffee.png"
+
+
+def choose_runtime(classifier: Classifier, settings: Settings, digest: str) -> None:
+    """Let a classifier's passes be compiled where its archive allows it, OpenVINO is installed, and that pays here.
+
+    What was measured is kept beside the archive's digest, the processor and the versions, and not measured again.
+    """
+    installed, limits = openvino_version(), settings.explanations.limits
+    if settings.explanations.runtime == "torch" or installed is None:
+        return
+    size = classifier.example.shape[-2:]
+    versions = f"torch {torch.__version__}, openvino {installed}, torchserve-explain {__version__}"
+    key = f"{digest}, {tuple(size)}, {processor()}, {torch.get_num_threads()} threads, {versions}"
+    kept = _kept()
+    pays = classifier.compile(_photo(settings, size), limits.pack, settings.startupTimeout / 2, kept.get(key))
+    if pays is not None and key not in kept:
+        _keep(kept | {key: pays})
+    log.info("runtimes: %s", classifier.runtimes)
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _photo(settings: Settings, size: torch.Size) -> torch.Tensor:
+    """Return the packaged photo as the model's input [C, H, W]."""
+    picture = read_picture(PHOTO.read_bytes(), settings.preprocessing, 10**8).input
+    return torch.nn.functional.interpolate(picture[None], tuple(size), mode="bilinear")[0]
+
+
+def _file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder, "torchserve-explain", "runtimes.json")
+
+
+def _kept() -> dict[str, Pays]:
+    """Return what was measured before; a file that does not say so is none."""
+    try:
+        return {key: Pays(one is True, many is True) for key, (one, many) in json.loads(_file().read_text()).items()}
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError):  # RuntimeError: there is no home
+        return {}
+
+
+def _keep(measured: dict[str, Pays]) -> None:
+    try:
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps({key: [pays.one, pays.many] for key, pays in measured.items()}, indent=1))
+        unfinished.replace(file)
+    except (OSError, RuntimeError) as error:
+        log.info("what was measured is not kept: %s", error)
