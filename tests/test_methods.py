@@ -21,7 +21,7 @@ from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, BiasedLayers, Reduction
-from torchserve_explain.attribution.methods.bisection import PathRule
+from torchserve_explain.attribution.methods.bisection import HALVED, PathRule, _Interval, _middles, _Node
 from torchserve_explain.attribution.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, ScoreCam
 from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import Sensitivity
@@ -519,3 +519,11 @@ def test_a_method_says_what_it_does_and_all_its_parameters_have_defaults(method)
     told = type(method).__doc__
     assert "arXiv:" in told or "doi:" in told or "See BiasedLayers for the equation" in told
     assert all(hasattr(method, field.name) for field in fields(method))
+
+
+def test_an_interval_that_errs_far_more_than_others_is_cut_several_times_in_a_round():
+    first, middle, last = (_Node(0, t, 0.0, 0.0, torch.zeros(1)) for t in (0.0, 0.5, 1.0))
+    intervals, errors = [_Interval(first, middle), _Interval(middle, last)], {0.0: 10.0, 0.5: 1.0}
+    found = [_middles(intervals, lambda one: errors[one.left.t], halved, 4) for halved in (HALVED, 0.0)]
+    assert [t for _, t in found[0]] == [0.25, 0.125, 0.375, 0.0625]
+    assert [t for _, t in found[1]][:2] == [0.25, 0.75]
