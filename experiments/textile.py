@@ -36,8 +36,8 @@ from torchserve_explain.serving.images import Picture, read_picture
 from torchserve_explain.serving.pictures import Cell, Map, Scale, contact_sheet, draw_overlay
 from torchserve_explain.serving.settings import Preprocessing
 from training.data import PIXELS, Data, read_folder
+from training.maps import explain
 from training.recipe import read_recipe
-from training.report import explain
 
 NEIGHBOURS = tuple((i, j) for i in range(-2, 3) for j in range(-2, 3) if (i, j) != (0, 0))
 UNKNOWNS = len(NEIGHBOURS) + 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from live import SMALL_LABELS, build_small, picture
+from PIL import Image
 
 from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.engine import Engine
@@ -282,6 +283,26 @@ def test_a_name_is_text_on_a_page(store, tmp_path):
     assert command(store, tmp_path / "data", tmp_path / "out", "--methods", "grad_cam") == 0
     (page,) = (tmp_path / "out" / "classes").iterdir()
     assert "&lt;b&gt;&amp;.jpg" in page.read_text() and "<b>&" not in page.read_text()
+
+
+def test_maps_are_measured_against_masks(out, store, labelled, tmp_path, capsys):
+    """Everything right of the middle lies within; the pictures are larger than what is seen of them."""
+    for path in labelled.rglob("*.jpg"):
+        mask = np.zeros((240, 200), np.uint8)
+        mask[:, 100:] = 255
+        (file := tmp_path / "masks" / path.relative_to(labelled).with_suffix(".png")).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(file)
+    assert command(store, labelled, tmp_path / "out", "--methods", "grad_cam", "--masks", tmp_path / "masks") == 0
+    records = [r for r in read_records(out / "records.jsonl") if r["map"] == "grad_cam" and r["correct"]]
+    maps = [stored(out, record).astype(np.float64).clip(min=0) for record in records]
+    (line,) = [line for line in (tmp_path / "out" / "localization.csv").open() if line.startswith(",grad_cam")]
+    share = np.mean([one[:, 112:].sum() / one.sum() for one in maps])
+    assert float(line.split(",")[4]) == pytest.approx(share, abs=2e-3) and int(line.split(",")[2]) == len(records)
+    assert "grad_cam" in (tmp_path / "out" / "index.html").read_text().split("Against the masks")[1]
+    assert command(store, labelled, tmp_path / "new", "--masks", tmp_path / "nowhere") == 1
+    assert "knows none of the pictures" in capsys.readouterr().err
+    assert command(store, labelled, tmp_path / "new", "--masks", tmp_path / "masks", "--engine", "ray") == 1
+    assert "are of --engine local" in capsys.readouterr().err
 
 
 def test_a_flat_folder_is_sorted_by_prediction(store, tmp_path, capsys):

@@ -26,8 +26,8 @@ from training.architectures.cnn import Cnn
 from training.data import Sample, read_folder
 from training.evaluation import evaluate
 from training.export import write_references
+from training.maps import explain
 from training.recipe import read_recipe, recipe_names
-from training.report import explain
 
 pytestmark = pytest.mark.live
 TWO = ("blue", "red")
@@ -182,6 +182,37 @@ def test_references_are_few_and_of_as_many_classes_as_can_be(tmp_path, classes, 
         paths = sorted((tmp_path / "references").iterdir())
         shown = {round(Image.open(path).convert("L").getpixel((4, 4)) / 3) for path in paths}
         assert len(paths) == count and len(shown) == min(classes, count)
+
+
+def test_the_report_measures_maps_against_masks(folders, tmp_path, kept_here):
+    kept_here("states")
+    white = Image.new("L", (64, 64), 255)
+    white.paste(0, (0, 0, 64, 32))  # the lower half lies within
+    for path in folders[TWO].rglob("*.png"):
+        (file := tmp_path / "masks" / path.relative_to(folders[TWO])).parent.mkdir(parents=True, exist_ok=True)
+        white.save(file)
+    metrics, _ = small_run(folders[TWO], tmp_path / "out", "--masks", tmp_path / "masks", "--epochs", 8)
+    rows = {(row["label"], row["map"]): row for row in metrics["localization"]}
+    right = sum(metrics["test"]["confusion"][place][place] for place in range(2))
+    assert right > 0 and rows[None, "grad_cam"]["pictures"] == right and metrics["unmasked"] == {}
+    assert set(rows[None, "random"]["scores"].values()) == {0.5}
+    classifier, preprocessing = loaded(tmp_path / "out")
+    engine, half = Engine(classifier, 8), preprocessing.size[0] // 2
+    shares = []
+    for sample in read_folder(folders[TWO], preprocessing, read_recipe("birds")[0].ratio, 0).splits["test"]:
+        image = read_picture(sample.path.read_bytes(), preprocessing, 10**6).input
+        if int(engine.logits([image])[0].argmax()) == sample.label:
+            values = explain(engine, [Job(METHODS["grad_cam"](), Case(classifier, image, sample.label))])[0].clip(min=0)
+            shares.append(values[half:].sum() / values.sum() if values.any() else 0.5)
+    assert rows[None, "grad_cam"]["scores"]["mass_accuracy"] == pytest.approx(sum(shares) / len(shares), abs=1e-3)
+    assert "Maps against the masks" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_masks_of_other_images_are_refused_before_training(folders, tmp_path, kept_here, capsys):
+    kept_here("states")
+    arguments = ["birds", "--data", folders[TWO], "--out", tmp_path / "out", "--masks", tmp_path]
+    assert main([*map(str, arguments)]) == 1
+    assert "knows none of the pictures" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_drawn_images_are_trained_on_and_compared(folders, tmp_path, kept_here):

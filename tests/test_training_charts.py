@@ -34,6 +34,15 @@ def test_points_lie_where_the_axes_say():
     assert {"epoch", "loss <b>", "0", "2"} <= set(texts)
 
 
+def test_the_upper_axis_reaches_over_the_line_and_epochs_are_whole():
+    assert ticks(0, 0.99, beyond=True) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(0, 2, beyond=True) == pytest.approx([0, 0.5, 1, 1.5, 2]) and ticks(0, 0.99)[-1] < 0.99
+    tree = ElementTree.fromstring(chart([Line("one", range(1, 3), [0.5, 0.99])], "epoch", "accuracy"))
+    assert [text.text for text in tree.findall("text")] == ["0", "0.2", "0.4", "0.6", "0.8", "1", "1", "2", "epoch", "accuracy"]
+    _, (_, height) = (map(float, point.split(",")) for point in tree.find("polyline").get("points").split())
+    assert height == pytest.approx(HEIGHT - BOTTOM - 0.99 * (HEIGHT - BOTTOM - TOP), abs=0.06)
+
+
 def test_a_flat_line_and_a_single_point_are_drawn():
     for line in (Line("flat", [0, 1], [0, 0]), Line("point", [1], [0.5])):
         assert not re.search("nan|inf", chart([line], "x", "y"))

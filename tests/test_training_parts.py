@@ -29,10 +29,10 @@ from training.export import architecture_of, direction_architecture
 from training.features import Kept, in_order, shuffled
 from training.fit import Training, balanced, fit
 from training.gan import SIDE, Discriminator, Drawing, Generator, draw_samples, train_gan
+from training.maps import explain
 from training.mean_difference import best_threshold, held_out_accuracy, mean_difference
 from training.networks import BACKBONES, RANDOM, build, head_of, preprocessing_for
 from training.recipe import Part, read_recipe, recipe_names
-from training.report import explain
 
 QUIET = Progress(disable=True)
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from torchserve_explain.attribution.memory import keep_freed_memory
 from torchserve_explain.errors import TrainingError
+from torchserve_explain.gallery.truth import add_truth_arguments
 from torchserve_explain.options import positive, whole
 from torchserve_explain.paths import ROOT
 from torchserve_explain.records import progress
@@ -38,6 +39,7 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
     command = commands.add_parser(name, help=summary, description=about)
     command.add_argument("--data", type=Path, required=True, help="one folder of images for each class, or train/, val/, test/")
     command.add_argument("--out", type=Path, required=True, help="classifiers/NAME")
+    add_truth_arguments(command)
     command.add_argument("--backbone", choices=recipe.allowed, default=recipe.backbones[0], help="default: %(default)s")
     command.add_argument("--weights", default=PRETRAINED, help=f"{PRETRAINED}, random, or a state dict (default: %(default)s)")
     command.add_argument("--size", type=whole(1), default=recipe.size, help="of the model's input (default: %(default)s)")
@@ -86,7 +88,7 @@ def train(options: argparse.Namespace) -> int:
             drawing = Drawing(options.draw, options.draw_steps, RUN / "drawn", device, progress=shown)
         weights = start_of(options.backbone, options.weights)
         asked = (options.name, recipe, options.backbone, weights, options.data, options.out, options.seed)
-        metrics = run(Experiment(*asked, place, RUN / "training", drawing))
+        metrics = run(Experiment(*asked, place, RUN / "training", drawing, options.masks, options.boxes))
     console = Console()
     for path, why in metrics["skipped"].items():
         console.print(f"left out: {path}: {why}", markup=False)

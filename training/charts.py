@@ -26,9 +26,11 @@ def chart(lines: Sequence[Line], x_title: str, y_title: str) -> str:
     """
     left, right = min(min(line.xs) for line in lines), max(max(line.xs) for line in lines)
     top = max(max(line.ys) for line in lines) or 1.0
-    across, up = ticks(left, right), ticks(0, top)
+    across, up = ticks(left, right), ticks(0, top, beyond=True)
+    if all(isinstance(value, int) for line in lines for value in line.xs):
+        across = [value for value in across if value == int(value)]
     span = (right - left) or 1.0
-    scale = max(top, up[-1])
+    scale = up[-1]
 
     def x(value: float) -> float:
         return LEFT + (value - left) / span * (WIDTH - LEFT - RIGHT)
@@ -50,12 +52,12 @@ def chart(lines: Sequence[Line], x_title: str, y_title: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from `low` to `high`, about five, both ends within them or one step beyond the upper one."""
+def ticks(low: float, high: float, beyond: bool = False) -> list[float]:
+    """Return round numbers from `low` to `high`, about five; the last one reaches `high` where they go `beyond` it."""
     if high <= low:
         return [low]
     rough = (high - low) / STEPS
     power: float = 10.0 ** floor(log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = ceil(low / step - 1e-9)
-    return [round(number * step, 10) for number in range(first, floor(high / step + 1e-9) + 1)]
+    first, last = ceil(low / step - 1e-9), ceil(high / step - 1e-9) if beyond else floor(high / step + 1e-9)
+    return [round(number * step, 10) for number in range(first, last + 1)]

@@ -31,6 +31,8 @@ class Experiment:
     place: Place
     states: Path
     drawing: Drawing | None = None
+    masks: Path | None = None  # of what the images show, or a file of boxes; neither decides what is learnt
+    boxes: Path | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -11,17 +11,15 @@ import torch
 from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.serving.images import Picture, read_picture
-from torchserve_explain.serving.pictures import Map, Scale, draw_overlay, fitted, small_png
-from torchserve_explain.serving.settings import Limits, Preprocessing
+from torchserve_explain.serving.pictures import Scale, draw_overlay, fitted, small_png
+from torchserve_explain.serving.settings import Preprocessing
 from training.charts import Line, chart
 from training.data import PIXELS, Data
+from training.maps import explain, job_of
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -42,16 +40,9 @@ class Example:
 
 
 def write_report(
-    out: Path,
-    metrics: dict[str, Any],
-    data: Data,
-    model: nn.Module,
-    logits: Tensor,
-    preprocessing: Preprocessing,
-    device: torch.device,
+    out: Path, metrics: dict[str, Any], data: Data, engine: Engine, logits: Tensor, preprocessing: Preprocessing
 ) -> None:
     """Write report.html; `logits` [n, classes] are those of the test images."""
-    engine = Engine(Classifier(model, preprocessing.normalization, preprocessing.size, device), Limits().pack)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %"}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -110,15 +101,9 @@ def examples(engine: Engine, data: Data, logits: Tensor, preprocessing: Preproce
 
 def overlay(engine: Engine, picture: Picture, target: int, method: str) -> str:
     """Explain a picture's target and lay the map over it."""
-    classifier = engine.classifier
-    job = Job(METHODS[method](), Case(classifier, picture.input.to(classifier.device, classifier.dtype), target))
+    job = job_of(engine, picture, target, method)
     values, seen = fitted(explain(engine, [job])[0], picture.seen)
     return encoded(draw_overlay(values, Scale.of(values, job.signed, None, 99), seen, 0.5))
-
-
-def explain(engine: Engine, jobs: Sequence[Job]) -> list[Map]:
-    """Return the maps [H, W] of jobs; raises what the engine cannot explain."""
-    return [finished.value.map.sum(0).float().cpu().numpy() for finished in engine.results(jobs)]
 
 
 def encoded(image: Image.Image) -> str:

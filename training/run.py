@@ -10,13 +10,17 @@ import torch
 import torchvision
 from torch import Tensor
 
+from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.records import readable
+from torchserve_explain.serving.settings import Limits
 from training.data import SPLITS, Data, read_folder
 from training.evaluation import Scores, evaluate
 from training.experiment import Experiment, Learnt
 from training.export import check_out, export, write_metrics, write_references
 from training.gan import Drawing, draw_samples
 from training.learning import learn, learn_direction
+from training.located import ground_truth, locate
 from training.recipe import Part
 from training.report import write_report
 
@@ -28,6 +32,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     recipe, preprocessing, place = experiment.recipe, experiment.preprocessing, experiment.place
     watch = partial(place.progress.track, description="reading")
     data = read_folder(experiment.folder, preprocessing, recipe.ratio, experiment.seed, watch)
+    truth = ground_truth(experiment, data)
     learnt = learn_direction(experiment, data) if recipe.part is Part.DIRECTION else learn(experiment, data)
     told = described(experiment, data)
     if experiment.drawing is not None:
@@ -43,7 +48,12 @@ def run(experiment: Experiment) -> dict[str, Any]:
     write_metrics(experiment.out, metrics)  # first: the folder is known as training's own by it
     export(experiment.out, learnt.model, learnt.architecture, data.classes, preprocessing, recipe.method)
     write_references(experiment.out, data.splits["val"], preprocessing)
-    write_report(experiment.out, metrics, data, learnt.model, learnt.logits["test"], preprocessing, place.device)
+    engine = Engine(Classifier(learnt.model, preprocessing.normalization, preprocessing.size, place.device), Limits().pack)
+    if truth is not None:
+        located = locate(engine, data, learnt.logits["test"], preprocessing, recipe.method, truth)
+        metrics |= {"localization": [asdict(row) for row in located], "unmasked": truth.missing}
+        write_metrics(experiment.out, metrics)
+    write_report(experiment.out, metrics, data, engine, learnt.logits["test"], preprocessing)
     return metrics
 
 

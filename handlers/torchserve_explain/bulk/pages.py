@@ -12,7 +12,8 @@ from pyarrow import compute
 from torchserve_explain.bulk.lake import LARGE, SCHEMA, Lake, LakePlace
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.gallery.explain import RECORDS, check_out
-from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.pages import FAILED, Overview, map_path, overlay_path, seen_path
+from torchserve_explain.gallery.site import write_gallery
 from torchserve_explain.records import Record, add_record
 
 

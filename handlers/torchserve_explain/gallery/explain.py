@@ -16,9 +16,11 @@ from torchserve_explain.attribution.methods import Attribution
 from torchserve_explain.attribution.rows import Contrast
 from torchserve_explain.bulk.loopback import stay_on_loopback
 from torchserve_explain.errors import ArchiveError, AttributionError, ExplainError, NotFinite, RequestError
-from torchserve_explain.gallery.pages import FAILED, QUALITY, Overview, map_path, overlay_path, seen_path, write_gallery
+from torchserve_explain.gallery.pages import FAILED, QUALITY, Overview, map_path, overlay_path, seen_path
 from torchserve_explain.gallery.planned import Due, Planned, explained, facts, plan
 from torchserve_explain.gallery.question import LABEL, NOTHING, PREDICTED, GallerySample, Question, ask, digest_of, find_samples
+from torchserve_explain.gallery.site import write_gallery
+from torchserve_explain.gallery.truth import add_truth_arguments, read_truth
 from torchserve_explain.options import whole
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.records import Record, add_record, check_apart, progress, read_records, readable, write_records
@@ -152,6 +154,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--versus", choices=contrasts, default=LABEL, help="what the class is compared with; the label: "
                          "only where the prediction is wrong (default: %(default)s)")  # fmt: skip
     command.add_argument("--set", type=pair, action="append", default=[], metavar="NAME=VALUE", help="a method's parameter")
+    add_truth_arguments(command)
     command.add_argument("--out", help="where everything goes (default: run/explained/NAME)")
     command.add_argument("--batch", type=whole(1), default=8, help="pictures explained together (default: %(default)s)")
     command.add_argument("--store", type=Path, default=STORE, help="where the archive is (default: model_store)")
@@ -165,6 +168,9 @@ def main(options: argparse.Namespace) -> int:
     """Explain what the command line names where it says."""
     if options.engine == "local":
         return explain_here(options)
+    if options.masks or options.boxes:
+        print("explain: --masks and --boxes are of --engine local; allowed: with it", file=sys.stderr)
+        return 1
     stay_on_loopback()
     try:
         from torchserve_explain.bulk.run import main as explain_on_ray
@@ -184,6 +190,9 @@ def explain_here(options: argparse.Namespace) -> int:
         samples = find_samples(data, archive.labels)
         if options.target == LABEL and samples[0].label is None:
             raise ArchiveError(f"--target label: the pictures of {data} have no labels; allowed: predicted")
+        pixels = archive.settings.explanations.limits.pixels
+        paths = [sample.path for sample in samples]
+        truth = read_truth(options.masks, options.boxes, data, paths, archive.settings.preprocessing, pixels)
         question = ask(archive, options.methods, options.target, dict(options.set), options.versus)
         run = Run(question, data, out)
         run.explain(samples, options.batch)
@@ -197,7 +206,7 @@ def explain_here(options: argparse.Namespace) -> int:
         print(f"skipped {path}: {why}")
     asked_for = (data.resolve().name, options.target, options.versus)
     overview = Overview(options.name, archive.labels, *asked_for, run.skipped)
-    print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview)}")
+    print(f"{len(samples) - len(run.skipped)} pictures explained: {write_gallery(out, run.found(samples), overview, truth)}")
     return 0
 
 

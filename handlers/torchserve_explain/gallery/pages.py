@@ -1,18 +1,13 @@
-"""What is browsed: a page for each class with right and wrong predictions apart, class-mean maps, and an overview."""
+"""What pages show: where a gallery's files lie, its pictures by class with right and wrong predictions apart, mean maps."""
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
-from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.records import Record
-from torchserve_explain.serving.capabilities import first_sentence
 from torchserve_explain.serving.pictures import Map, Scale, draw_heatmap, png
 
 PICTURES, MEANS, CLASSES = "pictures", "means", "classes"  # folders; the last two are written anew each time
@@ -76,6 +71,11 @@ class ClassGroup:
         return len(self.parts.get("correct", ()))
 
     @property
+    def explained(self) -> list[Shot]:
+        """Those whose maps tell what the class is known by: what is predicted right, or without labels as the class."""
+        return self.parts.get("correct", self.parts.get("predicted", []))
+
+    @property
     def accuracy(self) -> float | None:
         """The fraction that is predicted right; None without labels."""
         return self.right / self.count if "correct" in self.parts else None
@@ -112,48 +112,16 @@ def mean_map(maps: Iterable[Map]) -> Map | None:
     return (total / count).astype(np.float32) if count else None
 
 
-def write_gallery(out: Path, records: Sequence[Record], overview: Overview) -> Path:
-    """Write pages and mean maps of records whose maps and pictures lie in `out`; return the overview's path."""
-    for folder in (MEANS, CLASSES):
-        shutil.rmtree(out / folder, ignore_errors=True)
-        (out / folder).mkdir()
-    groups = group(records, overview.labels)
-    means = {one.number: _write_means(out, one) for one in groups}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.filters |= {"meaning": lambda method: first_sentence(METHODS[method])}
-    environment.undefined = jinja2.StrictUndefined
-    parts = tuple(groups[0].parts) if groups else ()
-    shown = {"maps": _maps(records), "parts": parts, "labelled": "correct" in parts, "pictures": PICTURES}
-    common: dict[str, Any] = {"overview": overview, "groups": groups, "means": means, **shown}
-    template = environment.get_template("gallery.html")
-    for place, one in enumerate(groups):
-        beside = {"before": groups[place - 1] if place else None, "after": dict(enumerate(groups)).get(place + 1)}
-        page = template.render(common | beside, group=one, root="../")
-        (out / CLASSES / f"{one.number}.html").write_text(page, encoding="utf-8")
-    (out / "index.html").write_text(template.render(common, group=None, root=""), encoding="utf-8")
-    return out / "index.html"
+def stored(out: Path, records: Iterable[Record]) -> Iterator[Map]:
+    """Yield the maps of records, one at a time."""
+    return (np.load(map_path(out, record), allow_pickle=False) for record in records)
 
 
-def _maps(records: Iterable[Record]) -> dict[str, Record]:
-    """Return a record of each map's name, to tell its method, parameters and sign."""
-    return {record["map"]: record for record in records if record[FAILED] is None}
-
-
-def _write_means(out: Path, one: ClassGroup) -> dict[tuple[str, str], str]:
-    """Write a class's mean maps and their pictures; return the pictures' names by part and map."""
-    written: dict[tuple[str, str], str] = {}
-    for part, shots in one.parts.items():
-        for name, record in _maps(record for shot in shots for record in shot.records.values()).items():
-            mean = mean_map(_stored(out, shots, name))
-            assert mean is not None
-            stem = f"{MEANS}/{one.number}-{part}-{name}"
-            np.save(out / f"{stem}.npy", mean, allow_pickle=False)
-            (out / f"{stem}.png").write_bytes(png(draw_heatmap(mean, Scale.of(mean, record["signed"], None, CLIP))))
-            written[part, name] = f"{stem}.png"
-    return written
-
-
-def _stored(out: Path, shots: Iterable[Shot], name: str) -> Iterator[Map]:
-    for shot in shots:
-        if (record := shot.records.get(name)) is not None and record[FAILED] is None:
-            yield np.load(map_path(out, record), allow_pickle=False)
+def write_mean(out: Path, stem: str, records: Sequence[Record]) -> str:
+    """Write the mean map of records that have one, and its picture; return the picture's path."""
+    mean = mean_map(stored(out, records))
+    assert mean is not None
+    np.save(out / MEANS / f"{stem}.npy", mean, allow_pickle=False)
+    picture = draw_heatmap(mean, Scale.of(mean, records[0]["signed"], None, CLIP))
+    (out / MEANS / f"{stem}.png").write_bytes(png(picture))
+    return f"{MEANS}/{stem}.png"

@@ -1,12 +1,12 @@
 """Pictures of a class that are right for a different reason: their maps form a cluster of their own (SpRAy)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.cluster.vq import kmeans2
+from scipy.linalg import eigh, qr, svd
 from scipy.ndimage import gaussian_filter
 
 from torchserve_explain.serving.pictures import Map
@@ -29,39 +29,38 @@ class Cluster:
     between: float
 
     def suspicious(self, count: int) -> bool:
-        """Whether a minority of `count` pictures is alike among themselves and unlike the rest."""
-        minority = FEWEST <= len(self.places) <= count // 2
-        return minority and self.within >= ALIKE and self.within - self.between >= APART
+        """Whether some of `count` pictures, but not all, are alike among themselves and unlike the rest."""
+        some = FEWEST <= len(self.places) <= count - FEWEST
+        return some and self.within >= ALIKE and self.within - self.between >= APART
 
 
-def find_clusters(maps: Sequence[Map]) -> list[Cluster]:
+def find_clusters(maps: Iterable[Map]) -> list[Cluster]:
     """Cluster a class's maps [H, W] spectrally, the smallest cluster first (arXiv:1902.10178, without its t-SNE).
 
     How many clusters there are is told by the largest gap among the first eigenvalues of the normalised Laplacian.
     """
-    if len(maps) < 2 * FEWEST:
-        return [_cluster(list(range(len(maps))), _cosines(maps))]
     cosines = _cosines(maps)
-    values, vectors = np.linalg.eigh(_laplacian(1 - cosines))
-    count = 1 + int(np.argmax(np.diff(values[: MOST + 1])))
-    embedded = vectors[:, :count] / (np.linalg.norm(vectors[:, :count], axis=1, keepdims=True) + 1e-12)
-    _, labels = kmeans2(embedded, count, minit="++", seed=0)
+    if len(cosines) < 2 * FEWEST:
+        return [_cluster(list(range(len(cosines))), cosines)]
+    values, vectors = eigh(_laplacian(1 - cosines), subset_by_index=(0, MOST))
+    count = 1 + int(np.argmax(np.diff(values)))
+    labels = _assigned(vectors[:, :count])
     groups = [np.flatnonzero(labels == label).tolist() for label in range(count)]
     return sorted((_cluster(places, cosines) for places in groups if places), key=lambda one: len(one.places))
 
 
-def suspicious_clusters(maps: Sequence[Map]) -> list[Cluster]:
-    """Return the clusters of a class's maps that hint at a shortcut; a person must look at their pictures."""
-    return [cluster for cluster in find_clusters(maps) if cluster.suspicious(len(maps))]
-
-
-def _cosines(maps: Sequence[Map]) -> NDArray[np.float64]:
+def _cosines(maps: Iterable[Map]) -> NDArray[np.float64]:
     """Return how alike the positive parts of maps are, 0 to 1, [n, n]."""
-    small = [np.asarray(Image.fromarray(values.clip(min=0)).resize((SIDE, SIDE), Image.Resampling.BOX)) for values in maps]
-    flat = np.stack([gaussian_filter(values.astype(float), BLUR).ravel() for values in small])
+    flat = np.stack([gaussian_filter(_reduced(values), BLUR).ravel() for values in maps])
     unit = flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-30)
     cosines: NDArray[np.float64] = unit @ unit.T
     return cosines
+
+
+def _reduced(values: Map) -> NDArray[np.float64]:
+    """Return the positive part of a map at SIDE x SIDE."""
+    positive = Image.fromarray(values.astype(np.float32).clip(min=0))
+    return np.asarray(positive.resize((SIDE, SIDE), Image.Resampling.BOX), float)
 
 
 def _laplacian(distances: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -73,6 +72,14 @@ def _laplacian(distances: NDArray[np.float64]) -> NDArray[np.float64]:
     degree = affinity.sum(1).clip(min=1e-12)
     laplacian: NDArray[np.float64] = np.eye(len(distances)) - affinity / np.sqrt(degree[:, None] * degree[None])
     return laplacian
+
+
+def _assigned(vectors: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the cluster of each row of the first eigenvectors [n, k], by a pivoted QR: nothing is drawn (arXiv:1708.07481)."""
+    *_, pivots = qr(vectors.T, mode="economic", pivoting=True)
+    left, _, right = svd(vectors[pivots[: vectors.shape[1]]].T)
+    labels: NDArray[np.int64] = np.abs(vectors @ (left @ right)).argmax(1)
+    return labels
 
 
 def _cluster(places: list[int], cosines: NDArray[np.float64]) -> Cluster:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
@@ -47,6 +48,23 @@ def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) ->
 def as_input(seen: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Return what the model sees, [C, H, W], normalised."""
     return preprocessing.normalization(transforms.functional.to_tensor(seen))
+
+
+def read_mask(data: bytes, pixel_limit: int) -> NDArray[np.bool_]:
+    """Return where a mask [height, width] is neither black nor transparent; raises RequestError."""
+    image = _decoded(data, pixel_limit)
+    if image.mode == "P" or image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+    pixels = np.asarray(image)
+    within: NDArray[np.bool_] = pixels.reshape(*pixels.shape[:2], -1).max(-1) > 0
+    return within
+
+
+def mask_seen(within: NDArray[np.bool_], preprocessing: Preprocessing) -> NDArray[np.bool_]:
+    """Return a mask [height, width] of an upright original as the model would see it, resized and cropped with it."""
+    trimmed, _ = _trimmed(Image.fromarray(255 * within.astype(np.uint8)), preprocessing)
+    return np.asarray(_seen(trimmed, preprocessing)[0]) > 127
 
 
 def _decoded(data: bytes, pixel_limit: int) -> Image.Image:

@@ -24,13 +24,19 @@ RIDGE = 1.0  # of LIME's surrogate
 Floats = NDArray[np.float64]
 
 
+def superpixels(pixels: Floats) -> NDArray[np.int64]:
+    """Return each pixel's region [H, W], from 0, of an image [H, W, channels] in [0, 1]; SLIC, 10.1109/TPAMI.2012.120."""
+    labels: NDArray[np.int64] = slic(pixels, n_segments=SEGMENTS, compactness=10, sigma=1, start_label=0, channel_axis=-1)
+    return labels
+
+
 class Superpixels:
-    """A case's image cut into regions by SLIC (10.1109/TPAMI.2012.120), each shown or hidden behind a baseline."""
+    """A case's image cut into regions, each shown or hidden behind a baseline."""
 
     def __init__(self, case: Case, baseline: Baseline) -> None:
         self._case = case
         self._hidden = baseline.images(case)
-        labels = slic(pixels_of(case), n_segments=SEGMENTS, compactness=10, sigma=1, start_label=0, channel_axis=-1)
+        labels = superpixels(pixels_of(case))
         self.count = int(labels.max()) + 1
         self._labels = torch.from_numpy(labels).to(case.input.device)
 
