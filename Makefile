@@ -31,7 +31,7 @@ pictures: setup  ## draw the documentation's pictures of the product anew
 	@PYTHONPATH=.:tests:handlers $(RUN) -m watching_pictures
 
 study: setup  ## compare the techniques on PHOTOS (a folder; default: what scikit-image ships), write run/study/
-	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS))
+	@$(RUN) -m study $(NAME) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(BOXES),--boxes $(BOXES)) $(OPTIONS)
 
 experiment-%: setup  ## repeat a student report on DATA, a folder of images (docs/experiments); writes run/experiments/
 	@$(RUN) -m experiments.$* --data $(DATA) $(OPTIONS)

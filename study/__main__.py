@@ -10,9 +10,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from study.located import (
+    draw_located,
+    is_costly,
+    located_markdown,
+    located_means,
+    located_photos,
+    located_techniques,
+    measure_located,
+)
 from study.measure import PACK, Photo, StudySettings, make_grids, measure_grid, measure_photo, read_photo
 from study.tables import markdown, montage, write_csv
 from study.techniques import Technique, techniques
+from torchserve_explain.archive import Archive
 from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
@@ -44,6 +54,7 @@ class StudyRecords:
     def add(self, record: Record) -> None:
         """Keep a measurement."""
         self.all.append(record)
+        self._known.add((record["photo"], record["technique"]))
         add_record(self._path, record)
 
 
@@ -72,6 +83,27 @@ def run(photos: list[Photo], engine: Engine, large: Engine | None, settings: Stu
                 records.add(measure_photo(engine, technique, photo, settings, photo.name in disturbed))
 
 
+def locate(options: argparse.Namespace, archive: Archive, engine: Engine, console: Console) -> None:
+    """Measure every technique on photos with boxes, the costly ones on the first; tell of all networks so far."""
+    photos = list(located_photos(options.boxes, options.photos or options.boxes.parent, archive, engine))
+    records = StudyRecords(
+        options.out / f"located-{options.name}.jsonl", options.name, [photo for photo, _ in photos], StudySettings()
+    )
+    chosen = [(technique, is_costly(technique, engine.classifier)) for technique in located_techniques(engine.classifier)]
+    with progress() as shown:
+        for place, (photo, mask) in enumerate(shown.track(photos, description="photos")):
+            for technique, costly in chosen:
+                if not records.has(photo.name, technique.name) and (place < options.costly or not costly):
+                    for record in measure_located(engine, technique, photo, mask):
+                        if not records.has(photo.name, record["technique"]):
+                            records.add(record)
+    files = sorted(options.out.glob("located-*.jsonl"))
+    found = {path.stem.removeprefix("located-"): located_means(read_records(path)[1:]) for path in files}
+    (options.out / "located.md").write_text(located_markdown(found))
+    draw_located(found, options.out / "located.png")
+    console.print(located_markdown(found), markup=False)
+
+
 def draw(engine: Engine, picture: Picture, path: Path) -> None:
     """Draw the montage of one photo."""
     photo = read_photo("", picture.input, engine)
@@ -89,6 +121,8 @@ def main() -> int:
     command = argparse.ArgumentParser(prog="make study", description=__doc__)
     command.add_argument("name", nargs="?", default="imagenet", help="the classifier (default: %(default)s)")
     command.add_argument("--photos", type=Path, help="a folder of photos (default: those that scikit-image ships)")
+    command.add_argument("--boxes", type=Path, help="a CSV of boxes around what photos show: where maps lie is measured alone")
+    command.add_argument("--costly", type=int, default=10**6, help="of those, how many methods of many rows get (default: all)")
     command.add_argument("--montage", type=Path, default=photo_path(), help="the photo of the montage")
     command.add_argument("--out", type=Path, default=ROOT / "run" / "study", help="where the results go (default: run/study)")
     command.add_argument("--disturbed", type=int, help="how many photos max sensitivity is measured on")
@@ -101,12 +135,15 @@ def main() -> int:
         return 1
     console = Console()
     engine, preprocessing = Engine(archive.classifier, PACK), archive.settings.preprocessing
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.boxes is not None:
+        locate(options, archive, engine, console)
+        return 0
     try:
         large: Engine | None = Engine(load_archive(options.name, scale=2).classifier, PACK)
     except ValueError as reason:
         console.print(f"no grid pointing game: {reason}")
         large = None
-    options.out.mkdir(parents=True, exist_ok=True)
     draw(engine, read_picture(options.montage.read_bytes(), preprocessing, 10**8), options.out / "montage.png")
     photos = [read_photo(name, picture.input, engine) for name, picture in pictures(options.photos, preprocessing)]
     records = StudyRecords(options.out / "records.jsonl", options.name, photos, settings)
