@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchserve_explain.attribution.classifier import Classifier, Normalization
+from torchserve_explain.attribution.methods import METHODS
 
 # Several threads wait for each other where other processes have the cores.
 torch.set_num_threads(1)
@@ -16,6 +17,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SIZE = (16, 16)
+# What explains a network that has no attention.
+WITHOUT_ATTENTION = {name: method for name, method in METHODS.items() if name != "attention_rollout"}
 
 
 class SmallCnn(nn.Module):

@@ -8,12 +8,12 @@ from dataclasses import replace
 import httpx
 import numpy as np
 import pytest
+from conftest import WITHOUT_ATTENTION
 from live import SMALL_CONFIG, build_small, picture, served
 
 from torchserve_explain.archive import Archive
 from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
-from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.cli import main
 from torchserve_explain.serving import audit
 from torchserve_explain.serving.service import RawRequest, Service
@@ -87,7 +87,7 @@ def test_every_method_is_the_same_when_it_is_replayed(answer, store, tmp_path, c
     assert replayed(store, tmp_path, answer) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "image and archive are those of the record"
-    served = [name for name in METHODS if name != "attention_rollout"]
+    served = list(WITHOUT_ATTENTION)
     assert [line.split(" ")[0] for line in lines[1:]] == served and all(": the same" in line for line in lines[1:])
 
 

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE, around_passes, small_cnn, watched_passes
+from conftest import NORMALIZATION, SIZE, WITHOUT_ATTENTION, around_passes, small_cnn, watched_passes
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
-from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Method, Smoothing
+from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.biased_layer import BiasedLayer, Reduction
 from torchserve_explain.attribution.methods.cam import GradCam
@@ -41,7 +41,7 @@ def mixed_jobs(classifier):
     """Jobs of every kind: methods, targets, scores, images, smoothing, rules, layers, draws."""
     generator = torch.Generator().manual_seed(4)
     images = [NORMALIZATION(torch.rand(3, *SIZE, generator=generator, dtype=torch.float64)) for _ in range(3)]
-    methods = [method() for method in METHODS.values()]
+    methods = [method() for method in WITHOUT_ATTENTION.values()]
     methods += [IntegratedGradients(steps=7, baseline=Baseline.BLUR), BiasedLayer(0.1, Reduction.RELEVANCE), GradCam("stem")]
     jobs = []
     for number, method in enumerate(methods):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import NORMALIZATION, SIZE, small_cnn
+from conftest import NORMALIZATION, SIZE, WITHOUT_ATTENTION, small_cnn
 from live import SMALL_MODEL, picture
 from torch import nn
 
@@ -119,7 +119,7 @@ def test_a_sigmoid_that_is_used_elsewhere_too_stays(image):
 # What is explained
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WITHOUT_ATTENTION)
 def test_the_other_of_two_classes_has_the_opposite_score(image, name):
     """Every method explains -z where a network with that output of its own would have it."""
     method = METHODS[name]

@@ -4,7 +4,7 @@ import base64
 import json
 
 import pytest
-from conftest import small_cnn
+from conftest import WITHOUT_ATTENTION, small_cnn
 from jsonschema import Draft202012Validator
 from live import picture
 from openapi_spec_validator import OpenAPIV31SpecValidator
@@ -170,7 +170,7 @@ def test_every_answer_is_of_its_type(service, document):
         assert extra(read) == set() and read.model_dump(mode="json", by_alias=True, exclude_unset=True) == json.loads(
             answer.body
         )
-    assert {one["method"] for one in json.loads(found[0].body)["explanations"]} == set(METHODS)
+    assert {one["method"] for one in json.loads(found[0].body)["explanations"]} == set(WITHOUT_ATTENTION)
     with pytest.raises(Exception, match="label"):
         told.validate(json.loads(found[0].body) | {"predicted": {"index": 0, "probability": 1}})
     (prediction,) = answers(service, predict())

@@ -7,6 +7,7 @@ from math import inf, nan
 from typing import Literal, get_args, get_origin
 
 import pytest
+from conftest import WITHOUT_ATTENTION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -410,10 +411,10 @@ def choice_refusal(classifier, names):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_but_that_of_attention_serves_a_convolutional_network(classifier, method):
     capabilities = Capabilities(classifier)
-    if method == "attention_rollout":
-        assert "attention" in capabilities.refused[method]
-    else:
+    if method in WITHOUT_ATTENTION:
         assert capabilities.choose([method]) == [method]
+    else:
+        assert "attention" in capabilities.refused[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -428,7 +429,7 @@ def test_a_method_that_cannot_serve_is_refused_with_the_reason(flat_classifier):
 
 
 def test_all_is_every_method_that_serves(classifier, flat_classifier):
-    assert Capabilities(classifier).choose(["all"]) == list(METHODS)
+    assert Capabilities(classifier).choose(["all"]) == list(WITHOUT_ATTENTION)
     assert "grad_cam" not in Capabilities(flat_classifier).choose(["all"])
 
 
@@ -441,15 +442,15 @@ def test_a_method_that_is_switched_off_is_neither_listed_nor_served(classifier, 
 
 
 def test_methods_are_chosen_in_the_order_asked_for(classifier):
-    names = list(METHODS)[::-1]
+    names = list(WITHOUT_ATTENTION)[::-1]
     assert Capabilities(classifier).choose(names) == names
 
 
 def test_a_method_named_twice_is_explained_once_and_in_its_first_place(classifier):
     choose = Capabilities(classifier).choose
     assert choose(["lime", "grad_cam", "lime"]) == ["lime", "grad_cam"]
-    assert choose(["all"] * 1000) == list(METHODS)
-    assert choose(["lime", "all"]) == ["lime", *(name for name in METHODS if name != "lime")]
+    assert choose(["all"] * 1000) == list(WITHOUT_ATTENTION)
+    assert choose(["lime", "all"]) == ["lime", *(name for name in WITHOUT_ATTENTION if name != "lime")]
 
 
 @pytest.mark.parametrize("name", ["", "gradcam", "GRAD_CAM", "x" * 100, "\u00e9", "\ud800"])
@@ -460,7 +461,7 @@ def test_an_unknown_method_is_refused_with_those_that_serve(flat_classifier, nam
 
 
 def test_a_rule_for_one_class_has_none_for_all_of_them(classifier):
-    capabilities, joins = Capabilities(classifier), {name for name in METHODS if METHODS[name].explains_probability}
+    capabilities, joins = Capabilities(classifier), {name for name in WITHOUT_ATTENTION if METHODS[name].explains_probability}
     classless = {name for name in METHODS if not METHODS[name].asks_for_class}
     assert joins and joins == set(capabilities.choose(["all"], Score.PROBABILITY))
     assert joins - classless == set(capabilities.choose(["all"], versus=Contrast.REST))
@@ -469,7 +470,7 @@ def test_a_rule_for_one_class_has_none_for_all_of_them(classifier):
             capabilities.choose(["grad_cam", "lrp"], **options)
     with pytest.raises(RequestError, match=r"^versus: eigen_cam explains no class"):
         capabilities.choose(["eigen_cam"], versus=1)
-    assert set(capabilities.choose(["all"], versus=1)) == METHODS.keys() - classless
+    assert set(capabilities.choose(["all"], versus=1)) == WITHOUT_ATTENTION.keys() - classless
 
 
 # Labels

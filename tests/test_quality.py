@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from captum.metrics import infidelity, sensitivity_max
-from conftest import NORMALIZATION, SIZE
+from conftest import NORMALIZATION, SIZE, WITHOUT_ATTENTION
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 from scipy.stats import entropy, spearmanr
 from skimage.metrics import structural_similarity
@@ -17,7 +17,7 @@ from torchserve_explain.attribution.complexity import Complexity, Sparseness
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.measure import pixel_ranks
-from torchserve_explain.attribution.methods import METHODS, Attribution, Case, Smoothing
+from torchserve_explain.attribution.methods import Attribution, Case, Smoothing
 from torchserve_explain.attribution.methods.baselines import Baseline
 from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.attribution.methods.expected_gradients import GradientShap
@@ -160,7 +160,7 @@ def test_equal_values_come_in_random_order_and_the_same_for_the_same_seed(classi
 
 
 @pytest.mark.parametrize("name", QUALITIES)
-@pytest.mark.parametrize("method", [pytest.param(method, id=name) for name, method in METHODS.items()])
+@pytest.mark.parametrize("method", [pytest.param(method, id=name) for name, method in WITHOUT_ATTENTION.items()])
 def test_every_method_has_every_quality(classifier, image, method, name):
     small = {"samples": 4} if "samples" in method.__dataclass_fields__ else {}
     job, quality = Job(method(**small), case_of(classifier, image, budget=17)), QUALITIES[name]()
