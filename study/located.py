@@ -16,7 +16,8 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.localization import Mask
 from torchserve_explain.attribution.methods import METHODS, Case
-from torchserve_explain.attribution.methods.path import IntegratedGradients, PathRule
+from torchserve_explain.attribution.methods.bisection import PathRule
+from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.gallery.located import CENTRE, RANDOM, measure
 from torchserve_explain.gallery.truth import read_truth
 from torchserve_explain.records import Record

@@ -11,7 +11,7 @@ from torchserve_explain.attribution.functions import FunctionCall
 from torchserve_explain.attribution.gathering import TOTAL, Add, Gathering
 from torchserve_explain.attribution.layers import Grid
 from torchserve_explain.attribution.methods.cam import enlarged
-from torchserve_explain.attribution.methods.method import Attribution, Case, Method
+from torchserve_explain.attribution.methods.method import Attribution, Case, Family, Method
 from torchserve_explain.errors import Unsupported
 
 NONE = "it has no attention among all of its patches"
@@ -57,6 +57,7 @@ class AttentionRollout(Method):
     """
 
     name: ClassVar[str] = "attention_rollout"
+    family: ClassVar[Family] = Family.WHERE
     signed: ClassVar[bool] = False
 
     def attribute(self, case: Case) -> Computation[Attribution]:
