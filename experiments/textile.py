@@ -121,7 +121,7 @@ class Measured:
 def measure(
     engine: Engine, pictures: Sequence[Picture], defects: Sequence[tuple[int, int]], label: int, shown: str
 ) -> Measured:
-    """Explain each picture's class `label` in every way; draw the first that are told rightly in the way `shown`."""
+    """Explain each picture's class `label` in every way; draw the first that are classified rightly in the way `shown`."""
     found: dict[str, list[Pointing]] = {way.name: [] for way in WAYS}
     cells: list[Cell] = []
     logits = engine.logits([picture.input for picture in pictures])
@@ -133,8 +133,8 @@ def measure(
             if way.name == shown and len(cells) < SHOWN and int(scores.argmax()) == label:
                 overlay = draw_overlay(values, Scale.of(values, job.signed, None, 99.9), picture.seen, 0.5)
                 pair = np.concatenate([np.asarray(picture.seen), np.asarray(overlay)], 1)
-                told = f"local, {float(scores.softmax(0)[label]):.1%}; {way.name}"
-                cells.append(Cell(Image.fromarray(pair), "a held-out image, and why", told))
+                caption = f"local, {float(scores.softmax(0)[label]):.1%}; {way.name}"
+                cells.append(Cell(Image.fromarray(pair), "a held-out image, and why", caption))
     return Measured(found, cells)
 
 
@@ -185,8 +185,8 @@ def main() -> int:
     (options.out / "table.md").write_text(table(measured.found))
     console = Console()
     console.print(table(measured.found), markup=False)
-    told = f"the least surprise of one is {clearest:.0f}, the largest of a nominal image {dullest:.0f}"
-    console.print(f"{len(held_out)} held-out local defects; {told}", markup=False)
+    figures = f"the least surprise of one is {clearest:.0f}, the largest of a nominal image {dullest:.0f}"
+    console.print(f"{len(held_out)} held-out local defects; {figures}", markup=False)
     return 0
 
 

@@ -181,8 +181,8 @@ def draw_outlined(trained: Trained, outlined: Sequence[Outlined], out: Path) -> 
     maps = trained.maps(images, probabilities.argmax(1).tolist(), ALL["grad_cam"])
     cells = []
     for (_, pixels, label, _), values, own in zip(hands, maps, probabilities, strict=True):
-        told = f"{trained.classes[int(own.argmax())]} {float(own.max()):.2f}"
-        cells.append((overlaid(pixels, values), f"is {trained.classes[label]}", f"taken for {told}"))
+        taken = f"{trained.classes[int(own.argmax())]} {float(own.max()):.2f}"
+        cells.append((overlaid(pixels, values), f"is {trained.classes[label]}", f"taken for {taken}"))
     save_sheet(out / "hands.webp", cells, 150, 6)
 
 

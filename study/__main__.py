@@ -39,10 +39,10 @@ class StudyRecords:
 
     def __init__(self, path: Path, name: str, photos: list[Photo], settings: StudySettings) -> None:
         self._path = path
-        told = {"classifier": name, "photos": [photo.name for photo in photos], "settings": asdict(settings)}
+        question = {"classifier": name, "photos": [photo.name for photo in photos], "settings": asdict(settings)}
         lines = read_records(path)
-        if not lines or lines[0] != json.loads(json.dumps(told)):  # another study
-            lines = [told]
+        if not lines or lines[0] != json.loads(json.dumps(question)):  # another study
+            lines = [question]
             write_records(path, lines)
         self.all: list[Record] = lines[1:]
         self._known = {(record["photo"], record["technique"]) for record in self.all}

@@ -25,13 +25,13 @@ CHARTS = ("curves", "confusion")
 GREEN, BROWN, GREY, BLUE = (60, 130, 40), (120, 75, 40), (150, 145, 150), (40, 60, 200)
 
 
-def drawn_leaf(ground=GREY, lesion=True, seed=0):
+def drawn_leaf(ground=GREY, lesion=True, seed=0, at=50):
     """Return a picture of a green disc with a brown spot on a ground, and where disc and spot are."""
     image, whole, spot = Image.new("RGB", (128, 128), ground), Image.new("1", (128, 128)), Image.new("1", (128, 128))
     for canvas, colour in ((image, GREEN), (whole, 1)):
         ImageDraw.Draw(canvas).ellipse((24, 30, 104, 98), fill=colour)
     for canvas, colour in ((image, BROWN), (spot, 1)) if lesion else ():
-        ImageDraw.Draw(canvas).ellipse((50, 50, 74, 74), fill=colour)
+        ImageDraw.Draw(canvas).ellipse((at, 50, at + 24, 74), fill=colour)
     noise = np.random.default_rng(seed).normal(0, 4, (128, 128, 3))
     return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8), np.array(whole), np.array(spot)
 
@@ -44,6 +44,8 @@ def test_a_leaf_and_its_lesion_are_found():
     pixels, whole, spot = drawn_leaf()
     found = leaf(pixels)
     assert overlap(found, whole) > 0.9 and overlap(lesions(pixels, found), spot) > 0.7
+    pixels, whole, spot = drawn_leaf(at=20)  # the leaf's edge itself is brown
+    assert overlap(leaf(pixels), whole | spot) > 0.9 and leaf(pixels)[62, 24:30].all()
     healthy, _, _ = drawn_leaf(lesion=False)
     assert lesions(healthy, leaf(healthy)).mean() < 0.002
 
@@ -84,8 +86,8 @@ def test_what_is_taken_out_is_filled_with_what_surrounds_it():
 def test_a_share_is_that_of_the_positive_part():
     region = np.zeros((4, 4), bool)
     region[:2] = True
-    values = np.where(region, 3.0, 1.0) * np.array([1, -1, 1, 1])
-    assert share(values, region).mass == pytest.approx(0.75) and share(values, region).area == 0.5
+    values = np.where(region, 3.0, 1.0) * np.where(region, [1, -1, 1, 1], 1)
+    assert share(values, region).mass == pytest.approx(18 / 26) and share(values, region).area == 0.5
     assert share(-np.ones((4, 4)), region).mass == 0.5  # nothing positive is everywhere alike
     both = mean_shares([{"a": share(values, region)}, {"a": share(np.where(region, 0.0, 1.0), region)}])
     assert both["a"].mass == pytest.approx(0.375)

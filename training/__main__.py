@@ -51,8 +51,8 @@ def add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", 
         command.add_argument("--learning-rate", type=positive, default=recipe.learning_rate, help="default: %(default)s")
         command.add_argument("--optimizer", choices=OPTIMIZERS, default=recipe.optimizer, help="default: %(default)s")
     if recipe.augmentation is not None:
-        told = "augmented views of an image that frozen features are kept of; 0: new ones each epoch (default: %(default)s)"
-        command.add_argument("--views", type=whole(0), default=recipe.views, help=told)
+        meaning = "augmented views of an image that frozen features are kept of; 0: new ones each epoch (default: %(default)s)"
+        command.add_argument("--views", type=whole(0), default=recipe.views, help=meaning)
         command.add_argument("--unaugmented", action="store_true", help="train on the images as they are")
     command.add_argument("--seed", type=whole(0), default=0, help="of splits, weights and order (default: %(default)s)")
     command.add_argument(

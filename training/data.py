@@ -1,4 +1,4 @@
-"""A folder of images becomes three splits of samples; what cannot be read is told and left out."""
+"""A folder of images becomes three splits of samples; what cannot be read is listed and left out."""
 
 import hashlib
 import os
@@ -160,9 +160,9 @@ def _check(data: Data) -> None:
         if not sum(found.values()):
             raise TrainingError(f"the class {name} holds no image that can be read; allowed: {LAYOUT}")
         if not all(found.values()):
-            told = ", ".join(f"{count} to {split}" for split, count in found.items())
+            counts = ", ".join(f"{count} to {split}" for split, count in found.items())
             raise TrainingError(
-                f"the class {name} has too few images ({told}); allowed: one or more to each of {', '.join(SPLITS)}"
+                f"the class {name} has too few images ({counts}); allowed: one or more to each of {', '.join(SPLITS)}"
             )
 
 

@@ -42,9 +42,9 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """Return all that decides what is learnt, except the images."""
         recipe = {key: value for key, value in vars(self.recipe).items() if key not in ("backbones", "normalization")}
-        told = {"recipe": self.name, "backbone": self.backbone, "weights": self.weights, "seed": self.seed}
+        chosen = {"recipe": self.name, "backbone": self.backbone, "weights": self.weights, "seed": self.seed}
         prepared = {"augmentation": repr(self.recipe.augmentation), "preprocessing": self.preprocessing.model_dump(mode="json")}
-        return told | recipe | prepared
+        return chosen | recipe | prepared
 
 
 @dataclass(frozen=True)

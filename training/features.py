@@ -162,9 +162,9 @@ def _key(live: Live) -> str:
     return digest_of(live.frozen, f"{images.preprocessing!r} {live.frozen!r}{drawn}")
 
 
-def digest_of(module: nn.Module, told: str) -> str:
-    """Return what a module's weights, and what is told beside them, are known by."""
-    digest = hashlib.sha256(told.encode())
+def digest_of(module: nn.Module, beside: str) -> str:
+    """Return what a module's weights, and what stands beside them, are known by."""
+    digest = hashlib.sha256(beside.encode())
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]

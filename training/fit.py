@@ -125,7 +125,7 @@ def fit(training: Training, train: Source, val: Source, progress: Progress) -> l
 
 
 def _line(number: int, epochs: int, epoch: Epoch) -> str:
-    """Return what is told of an epoch, where a bar can be drawn and where it cannot."""
+    """Return what is said of an epoch, where a bar can be drawn and where it cannot."""
     trained = f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.3f}"
     held_out = f"validation loss {epoch.val_loss:.3f}, accuracy {epoch.val_accuracy:.3f}"
     return f"epoch {number}/{epochs}: {trained}; {held_out}; {epoch.seconds:.1f} s"

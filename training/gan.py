@@ -61,8 +61,8 @@ def draw_samples(samples: Sequence[Sample], classes: Sequence[str], drawing: Dra
     drawn: list[Sample] = []
     for label, name in enumerate(classes):
         own = [sample for sample in samples if sample.label == label]
-        told = [drawing.images, drawing.steps, drawing.batch, seed, *(sample.digest for sample in own)]
-        folder = drawing.folder / hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+        key = [drawing.images, drawing.steps, drawing.batch, seed, *(sample.digest for sample in own)]
+        folder = drawing.folder / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         if not folder.exists():
             _draw(own, folder, drawing, mixed(seed, label), name)
         files = sorted(folder.iterdir())

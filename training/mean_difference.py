@@ -61,7 +61,7 @@ def held_out_accuracy(features: Tensor, labels: Tensor, seed: int) -> float | No
 
 
 def _rights(features: Tensor, labels: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield, fold by fold, whether each of its images is told rightly."""
+    """Yield, fold by fold, whether each of its images is classified rightly."""
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     folds = [torch.from_numpy(test) for _, test in splitter.split(np.zeros(len(labels)), labels.numpy())]
     for number, test in enumerate(folds):

@@ -1,4 +1,4 @@
-"""The report page of a training: curves, confusion, classes, and what was told wrongly, with its explanation."""
+"""The report page of a training: curves, confusion, classes, and what was predicted wrongly, with its explanation."""
 
 import base64
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from training.maps import explain, job_of
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
 EXAMPLES = 8
-LARGEST_TABLE = 20  # classes; of more, only what is confused is told
+LARGEST_TABLE = 20  # classes; of more, only what is confused is listed
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def confused(metrics: dict[str, Any]) -> list[tuple[str, str, int]]:
 
 
 def examples(engine: Engine, data: Data, logits: Tensor, preprocessing: Preprocessing, method: str) -> Iterator[Example]:
-    """Yield the test images that were told wrongly, the surest first; where there are none, the least sure ones."""
+    """Yield the test images that were predicted wrongly, the surest first; where there are none, the least sure ones."""
     probability, predicted = logits.softmax(1).max(1)
     truth = torch.tensor([sample.label for sample in data.splits["test"]])
     wrong = (predicted != truth).nonzero()[:, 0]

@@ -34,12 +34,12 @@ def run(experiment: Experiment) -> dict[str, Any]:
     data = read_folder(experiment.folder, preprocessing, recipe.ratio, experiment.seed, watch)
     truth = ground_truth(experiment, data)
     learnt = learn_direction(experiment, data) if recipe.part is Part.DIRECTION else learn(experiment, data)
-    told = described(experiment, data)
+    about = described(experiment, data)
     if experiment.drawing is not None:
         drawn = {"images": experiment.drawing.images, "steps": experiment.drawing.steps}
-        told |= {"drawn": drawn, "without_drawn": asdict(scores(learnt, data)["test"])}
+        about |= {"drawn": drawn, "without_drawn": asdict(scores(learnt, data)["test"])}
         learnt = learn(experiment, with_drawn(experiment, experiment.drawing, data))
-    metrics = told | {
+    metrics = about | {
         **{split: asdict(score) for split, score in scores(learnt, data).items()},
         "epochs": [asdict(epoch) for epoch in learnt.epochs],
         **learnt.more,

@@ -190,8 +190,8 @@ def print_randomisation(archive: Archive, methods: Iterable[str], pack: int) -> 
             print(f"{name:24} no map")
             continue
         hardly = "  hardly notices that they are gone" if found.rank_correlation > UNNOTICED else ""
-        told = f"{found.rank_correlation:16.2f} {found.similarity:6.2f} {found.complexity_rise:16.0%}"
-        print(f"{name:24} {told}{hardly}", flush=True)
+        figures = f"{found.rank_correlation:16.2f} {found.similarity:6.2f} {found.complexity_rise:16.0%}"
+        print(f"{name:24} {figures}{hardly}", flush=True)
     for engine in engines:
         engine.close()
 

@@ -110,7 +110,7 @@ def questions(old: Archive, new: Archive, options: argparse.Namespace) -> tuple[
         raise ArchiveError(f"the new archive has no class {shown(missing[0])}, which the old one has; allowed: further classes")
     methods = options.methods or ",".join(read_parameters(new.settings.explanations.defaults).method)
     target = options.target
-    # The class that the new archive is to explain is told with each picture.
+    # The class that the new archive is to explain is recorded with each picture.
     given = dict(options.set)
     first, second = ask(old, methods, target, given, NOTHING), ask(new, methods, LABEL, given, NOTHING)
     if first.methods.keys() != second.methods.keys():

@@ -15,8 +15,8 @@ SIDE = 16  # maps are compared at SIDE x SIDE
 BLUR = 1.0  # of that grid, so that maps a pixel apart are alike
 MOST = 5  # clusters of a class, at most
 NEIGHBOURS = 5  # a map's own scale of distance is that to its neighbour of this rank
-FEWEST = 5  # pictures of a cluster that is told
-APART = 0.35  # how much more alike a told cluster's maps are to each other than to the rest of the class, in cosine
+FEWEST = 5  # pictures of a cluster that is reported
+APART = 0.35  # how much more alike a reported cluster's maps are to each other than to the rest of the class, in cosine
 ALIKE = 0.9  # and how alike to each other: objects that merely lie about form looser clusters
 
 
@@ -37,7 +37,7 @@ class Cluster:
 def find_clusters(maps: Iterable[Map]) -> list[Cluster]:
     """Cluster a class's maps [H, W] spectrally, the smallest cluster first (arXiv:1902.10178, without its t-SNE).
 
-    How many clusters there are is told by the largest gap among the first eigenvalues of the normalised Laplacian.
+    How many clusters there are is decided by the largest gap among the first eigenvalues of the normalised Laplacian.
     """
     cosines = _cosines(maps)
     if len(cosines) < 2 * FEWEST:

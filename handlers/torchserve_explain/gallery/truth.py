@@ -94,8 +94,8 @@ class Truth:
                 raise ArchiveError("there is none")
             within, picture = self._source.within(path), self._picture(path)
             if within.shape != (picture.height, picture.width):
-                told = f"{within.shape[1]} x {within.shape[0]}"
-                raise ArchiveError(f"it is of {told} pixels; allowed: the picture's {picture.width} x {picture.height}")
+                size = f"{within.shape[1]} x {within.shape[0]}"
+                raise ArchiveError(f"it is of {size} pixels; allowed: the picture's {picture.width} x {picture.height}")
             seen = mask_seen(within, self._preprocessing)
             if not seen.any():
                 raise ArchiveError("the model sees nothing of it")

@@ -74,8 +74,8 @@ class Class:
 
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of it."""
-        told = {"index": self.index, "label": self.label, "probability": self.probability}
-        return told if self.value is None else told | {"value": self.value}
+        numbers = {"index": self.index, "label": self.label, "probability": self.probability}
+        return numbers if self.value is None else numbers | {"value": self.value}
 
     @property
     def measure(self) -> str:
@@ -87,7 +87,7 @@ class Class:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One finished map of one request, ready to be told and drawn."""
+    """One finished map of one request, ready to be reported and drawn."""
 
     job: Job
     explained: Result[Attribution]
@@ -129,7 +129,7 @@ class Explanation:
         own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
         if own.get("steps") is not None:
             own |= {"max_error": None, "max_map_error": None}
-        if own.get("rule") is PathRule.RIEMANN:  # told only where it is the other: a default answer stays as it was
+        if own.get("rule") is PathRule.RIEMANN:  # reported only where it is the other: a default answer stays as it was
             own.pop("rule")
         if "layer" in own:
             own["layer"] = self.job.case.classifier.grid_layer(str(own["layer"]))
@@ -141,7 +141,7 @@ class Explanation:
     def as_json(self) -> dict[str, Any]:
         """Return the contract's form of the explanation."""
         attribution, drawn = self.explained.value, self.drawn
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "method": self.method,
             "target": self.target.as_json() | {"score": self.job.case.known_score},
             "parameters": self.used(),
@@ -161,18 +161,18 @@ class Explanation:
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
         if self.job.method.draws:
-            told["sampling_error"] = attribution.sampling_error
+            entry["sampling_error"] = attribution.sampling_error
         if attribution.map_error is not None:
-            told["map_error"] = attribution.map_error
+            entry["map_error"] = attribution.map_error
         if self.versus is not None:
-            told["versus"] = self.versus.as_json()
+            entry["versus"] = self.versus.as_json()
         if self.measured:
-            told["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
+            entry["quality_details"] = {name: _details(*measured) for name, measured in self.measured.items()}
         if self.parameters.values:
-            told["values"] = _encoded(self.values)
+            entry["values"] = _encoded(self.values)
             if attribution.refinement:
-                told["refinement"] = [dict(zip(ROUND, one, strict=True)) for one in attribution.refinement]
-        return told
+                entry["refinement"] = [dict(zip(ROUND, one, strict=True)) for one in attribution.refinement]
+        return entry
 
     @cached_property
     def drawn(self) -> "Drawn":
@@ -213,13 +213,13 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return the contract's JSON answer."""
         picture = self.picture
-        told: dict[str, Any] = {
+        body: dict[str, Any] = {
             "model": self.model,
             "predicted": self.predicted.as_json(),
             "image": {"width": picture.width, "height": picture.height, "crop": picture.crop},
             "explanations": [explanation.as_json() for explanation in self.explanations],
         }
-        return told if self.audit is None else told | {"audit": self.audit}
+        return body if self.audit is None else body | {"audit": self.audit}
 
 
 def as_json(report: Report) -> Answer:
@@ -290,12 +290,12 @@ def html_answer(html: str) -> Answer:
 
 def describe(explanation: Explanation) -> str:
     """Say in a few words what was explained, and with what error."""
-    told = f"{explanation.question}, {explanation.target.measure}"
+    caption = f"{explanation.question}, {explanation.target.measure}"
     if (layer := explanation.used().get("layer")) is not None:
-        told += f", {layer}"
+        caption += f", {layer}"
     found = explanation.explained.value
     errors = {"completeness": found.completeness_error, "sampling": found.sampling_error}
-    return told + "".join(f", {name} error {error:.1%}" for name, error in errors.items() if error is not None)
+    return caption + "".join(f", {name} error {error:.1%}" for name, error in errors.items() if error is not None)
 
 
 def _templates() -> jinja2.Environment:
@@ -309,9 +309,9 @@ def _templates() -> jinja2.Environment:
     return environment
 
 
-def _exactly(told: Class) -> str:
+def _exactly(one: Class) -> str:
     """Return a class's probability or value to four places, ready for more to follow."""
-    pairs = (("probability", told.probability), ("value", told.value))
+    pairs = (("probability", one.probability), ("value", one.value))
     return "".join(f"{name} {number:.4f}, " for name, number in pairs if number is not None)
 
 
@@ -335,9 +335,9 @@ def _details(quality: Quality, finished: Outcome[QualityScore]) -> dict[str, Any
     """Return what a quality was measured with, what it cost, its curve if it has one, or why it was not measured."""
     if isinstance(finished, ExplainError):
         return quality.settings() | {"reason": str(finished)}
-    told = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
+    details = quality.settings() | {"evaluations": finished.evaluations, "milliseconds": round(1000 * finished.seconds, 1)}
     curve = finished.value.curve
-    return told if curve is None else told | {"curve": [round(point, 4) for point in curve]}
+    return details if curve is None else details | {"curve": [round(point, 4) for point in curve]}
 
 
 def _base64(data: bytes) -> str:

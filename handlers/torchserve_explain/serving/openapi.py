@@ -83,11 +83,11 @@ def _parameters(report: Mapping[str, Any]) -> JsonObject:
 def _shortlist(report: Mapping[str, Any]) -> JsonObject:
     """Describe what a prediction takes, which depends on the head."""
     most = len(report["labels"])
-    told = {"type": "integer", "minimum": 1, "maximum": most, "description": "how many classes are told"}
-    above = {"type": "number", "minimum": 0, "maximum": 1, "description": "only classes of a probability above it are told"}
+    shortlist = {"type": "integer", "minimum": 1, "maximum": most, "description": "how many classes are listed"}
+    above = {"type": "number", "minimum": 0, "maximum": 1, "description": "only classes of a probability above it are listed"}
     if report["head"] == "sigmoid":
-        return {"top_k": told, "threshold": above}
-    return {"top_k": told | ({"default": min(5, most)} if report["head"] == "softmax" else {})}
+        return {"top_k": shortlist, "threshold": above}
+    return {"top_k": shortlist | ({"default": min(5, most)} if report["head"] == "softmax" else {})}
 
 
 def _path(report: Mapping[str, Any]) -> JsonObject:
@@ -126,7 +126,7 @@ def _prediction_answers() -> JsonObject:
 def _about() -> JsonObject:
     """Describe the GET: what an empty request is answered, by its Accept header."""
     about = {"html": "a page to try the model", "json": "what can be asked for", "openapi": "this document"}
-    content = {OUTPUTS[output]: {"schema": {"description": told}} for output, told in about.items()}
+    content = {OUTPUTS[output]: {"schema": {"description": text}} for output, text in about.items()}
     answers = {"200": {"description": "what this archive is, and can be asked", "content": content}}
     return {"operationId": "about", "summary": "Tell what can be asked.", "responses": answers}
 
@@ -134,9 +134,9 @@ def _about() -> JsonObject:
 def _refusals() -> JsonObject:
     """Describe the answers that are errors, by the names of their statuses."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
-    told = {status.name: {"description": status.phrase, "content": content} for status in TYPES}
-    told[HTTPStatus.SERVICE_UNAVAILABLE.name] |= {"headers": RETRY_AFTER}
-    return told
+    responses = {status.name: {"description": status.phrase, "content": content} for status in TYPES}
+    responses[HTTPStatus.SERVICE_UNAVAILABLE.name] |= {"headers": RETRY_AFTER}
+    return responses
 
 
 def _schemas() -> JsonObject:

@@ -72,7 +72,7 @@ class Planner:
         self._classifier = classifier
         self._labels = labels
         self._defaults, self._limits = settings.defaults, settings.limits
-        # Defaults that no request could use are told when the archive loads, not to clients.
+        # Defaults that no request could use are reported when the archive loads, not to clients.
         parameters = read_parameters(self._defaults)
         names, _, _ = self._asked(parameters)
         self._methods(parameters, names)

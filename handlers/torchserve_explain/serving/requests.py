@@ -84,7 +84,7 @@ def read_request(
     explain = headers.get("explain", "").lower() == "true"
     content = _content(row, headers)
     if content is None:
-        # The HTTP method is not told, and the frontend adds a length of 0: an empty POST without a type looks alike.
+        # The HTTP method is not handed over, and the frontend adds a length of 0: an empty POST without a type looks alike.
         opened = explain and headers.get("content-length", "0") == "0" and "content-type" not in headers
         return Request(Protocol.PLAIN, explain, () if opened else (Instance(b"", {}),), defaults)
     if "instances" in content:

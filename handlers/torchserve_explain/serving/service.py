@@ -52,7 +52,7 @@ class RawRequest:
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the model saw it: the row that was evaluated, the classes' logits and what is told of them, on the CPU."""
+    """An image as the model saw it: the row that was evaluated, the logits and what is reported of them, on the CPU."""
 
     picture: Picture
     known: Known
@@ -287,15 +287,15 @@ class Service:
         self, name: str, items: Sequence[Item], reports: Sequence[Report]
     ) -> tuple[list[Report], list[dict[str, Any]]]:
         """Return the reports with their audit records where those are asked for, and the records that go to the log."""
-        told: list[Report] = []
+        audited: list[Report] = []
         logged: list[dict[str, Any]] = []
         for item, report in zip(items, reports, strict=True):
             if item.parameters.audit or self._logs_audit:
                 record = self._auditor.record(item.image, report, name)
                 report = replace(report, audit=record) if item.parameters.audit else report
                 logged += [record] if self._logs_audit else []
-            told.append(report)
-        return told, logged
+            audited.append(report)
+        return audited, logged
 
     def _worded(self, request: Request, values: Sequence[Mapping[str, Any]]) -> Answer:
         """Word JSON values as the request's protocol does."""
@@ -311,7 +311,7 @@ class Service:
 
 
 def error_answer(error: Exception) -> Answer:
-    """Word an error; what is no fault of the client's is logged, and not told in detail."""
+    """Word an error; what is no fault of the client's is logged, and not answered in detail."""
     if isinstance(error, AttributionError):
         error = from_engine(error)
     elif isinstance(error, MemoryError):
