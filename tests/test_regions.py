@@ -111,6 +111,20 @@ def test_a_photo_of_a_telephone_is_answered(service):
     large = answer(service, picture(0, (4000, 3000)), region="image")
     assert large.status == 200 and len(large.body) < 6_000_000
     few = Image.open(io.BytesIO(answer(service, picture(0, (4000, 3000)), region="image", output="png").body))
-    assert few.mode == "P" and few.width > 1900
+    assert few.mode == "P" and few.width > 1800
     refused = answer(service, picture(), region="everything")
     assert refused.status == 400 and b"allowed: one of crop, image" in refused.body
+
+
+def test_maps_of_a_detailed_photo_share_the_room_of_the_answer(service):
+    noise, stream = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(stream, "JPEG", quality=50)
+    for output in ("json", "html"):
+        found = answer(service, stream.getvalue(), region="image", output=output, method="saliency,sensitivity,grad_cam")
+        assert found.status == 200 and len(found.body) < 6_000_000
+
+
+def test_a_line_of_pixels_is_reduced_too():
+    upload = png(Image.new("L", (8_000_000, 1)))
+    whole = read_picture(upload, SMALL, 10**8).whole(LARGEST)
+    assert whole.width <= LARGEST and whole.height == 1

@@ -123,7 +123,8 @@ def ask(archive: Archive, methods: str | None, target: str, given: Mapping[str, 
         raise ArchiveError(f"--set {shown(unknown[0])} is not allowed; allowed: {', '.join(allowed)}")
     if archive.classifier.head is Head.NONE:
         raise ArchiveError("the archive answers quantities; allowed: a classifier, by whose classes a gallery is sorted")
-    parameters = read_parameters(archive.settings.explanations.defaults, {"method": methods} if methods else {}, given)
+    asked = {"method": methods} if methods else {}
+    parameters = read_parameters(archive.settings.explanations.defaults, asked, given, {"region": "crop"})
     chosen: dict[str, Method] = {}
     contrast = Contrast(versus) if versus in list(Contrast) else None
     capabilities = Capabilities(archive.classifier, archive.settings.explanations.methods)

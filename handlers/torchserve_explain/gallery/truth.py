@@ -96,7 +96,7 @@ class Truth:
             if within.shape != (picture.height, picture.width):
                 size = f"{within.shape[1]} x {within.shape[0]}"
                 raise ArchiveError(f"it is of {size} pixels; allowed: the picture's {picture.width} x {picture.height}")
-            seen = mask_seen(within, self._preprocessing)
+            seen = mask_seen(within, self._preprocessing, picture.box)
             if not seen.any():
                 raise ArchiveError("the model sees nothing of it")
             return seen

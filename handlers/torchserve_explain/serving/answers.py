@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from torchserve_explain.attribution.computation import Outcome, Result
 from torchserve_explain.attribution.job import Job
@@ -32,11 +32,12 @@ from torchserve_explain.serving.pictures import (
     draw_overlay,
     draw_scale,
     fitted,
+    heatmap_png,
     png,
     small_png,
     with_scale,
 )
-from torchserve_explain.serving.regions import Region, Whole
+from torchserve_explain.serving.regions import LARGEST, SMALLEST, Region, Whole
 
 HERE = Path(__file__).parent
 ROUND = ("evaluations", "completeness_error")  # of a path's refinement
@@ -96,6 +97,7 @@ class Explanation:
     picture: Picture
     measured: dict[str, tuple[Quality, Outcome[QualityScore]]] = field(default_factory=dict)
     versus: Class | None = None
+    sharing: int = 1  # pictures that share the room of the answer
 
     @property
     def question(self) -> str:
@@ -156,7 +158,7 @@ class Explanation:
                 "maximum": float(self.values.max()),
                 "scale": drawn.scale.as_json(),
                 "overlay_png": _base64(small_png(drawn.overlay)),
-                "heatmap_png": _base64(png(drawn.heatmap)),
+                "heatmap_png": _base64(heatmap_png(drawn.heatmap)),
             },
             "milliseconds": round(1000 * self.explained.seconds, 1),
         }
@@ -182,7 +184,7 @@ class Explanation:
             values, seen = fitted(self.values, self.picture.seen)
             scale = Scale.of(values, self.job.signed, asked.colormap, asked.clip, self.job.unit)
             return Drawn(scale, seen, draw_heatmap(values, scale), draw_overlay(values, scale, seen, asked.overlay))
-        whole = Whole.of(self.picture, self.values)
+        whole = Whole.of(self.picture, self.values, max(SMALLEST, LARGEST // self.sharing))
         scale = Scale.of(self.values, self.job.signed, asked.colormap, asked.clip, self.job.unit)
         heatmap = draw_heatmap(whole.values, scale)
         overlay = draw_overlay(whole.values, scale, whole.picture, asked.overlay)
@@ -240,7 +242,9 @@ def as_png(report: Report) -> Answer:
 
 def _on_sheet(picture: Image.Image) -> Image.Image:
     """Return a picture reduced to what a contact sheet has room for."""
-    return ImageOps.contain(picture, (SHEET_SIDE,) * 2) if max(picture.size) > SHEET_SIDE else picture
+    ratio = SHEET_SIDE / max(picture.size)
+    width, height = (max(1, round(side * ratio)) for side in picture.size)
+    return picture if ratio >= 1 else picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _fit_png(picture: Image.Image) -> bytes:
@@ -261,7 +265,7 @@ def as_html(report: Report) -> Answer:
         {
             "explanation": explanation,
             "overlay": _base64(small_png(explanation.drawn.overlay)),
-            "heatmap": _base64(png(explanation.drawn.heatmap)),
+            "heatmap": _base64(heatmap_png(explanation.drawn.heatmap)),
             "scale": _base64(png(draw_scale(explanation.drawn.scale, explanation.drawn.overlay.width))),
         }
         for explanation in report.explanations

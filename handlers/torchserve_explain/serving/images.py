@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from math import ceil, floor
+from math import ceil, floor, isfinite, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.bombs import Upload, check_file, check_image, too_large
-from torchserve_explain.serving.errors import bad_request
+from torchserve_explain.serving.errors import bad_request, shown
 from torchserve_explain.serving.settings import Prepare, Preprocessing
 
 log = logging.getLogger(__name__)
@@ -37,17 +37,17 @@ class Picture:
     height: int
     crop: tuple[int, int, int, int]
     box: Box | None = None
-    whole: Callable[[], Image.Image] | None = None
+    whole: Callable[[int], Image.Image] | None = None  # of at most so many pixels
 
 
 def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Picture:
     """Decode and prepare an upload; raises RequestError 400 (not an image) or 413 (too many pixels)."""
     image = _whole(data, preprocessing, pixel_limit)
     width, height = image.size
-    again = cache(partial(_whole, data, preprocessing, pixel_limit))
+    again = cache(partial(_reduced, data, preprocessing, pixel_limit))
     if preprocessing.prepare is not None:
         pixels, box = _prepared(image, preprocessing, preprocessing.prepare)
-        seen = image.crop(_outward(box)).resize(preprocessing.size[::-1], Image.Resampling.BILINEAR)
+        seen = _shown(image, box, preprocessing.size)
         return Picture(preprocessing.normalization(pixels), seen, width, height, _within(box, image), box, again)
     trimmed, (x, y) = _trimmed(image, preprocessing)
     seen, (left, top, right, bottom) = _seen(trimmed, preprocessing)
@@ -58,6 +58,16 @@ def read_picture(data: bytes, preprocessing: Preprocessing, pixel_limit: int) ->
 def _whole(data: bytes, preprocessing: Preprocessing, pixel_limit: int) -> Image.Image:
     """Return an upload, upright, in the colours that the model sees."""
     return _upright(_decoded(data, pixel_limit), preprocessing.mode)
+
+
+def _reduced(data: bytes, preprocessing: Preprocessing, pixel_limit: int, most: int) -> Image.Image:
+    """Return an upload as _whole does, reduced to about `most` pixels where it has more."""
+    image = _whole(data, preprocessing, pixel_limit)
+    scale = sqrt(most / (image.width * image.height))
+    if scale >= 1:
+        return image
+    width, height = (min(most, max(1, round(side * scale))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
 def _outward(box: Box) -> tuple[int, int, int, int]:
@@ -74,19 +84,34 @@ def _within(box: Box, image: Image.Image) -> tuple[int, int, int, int]:
 def _prepared(image: Image.Image, preprocessing: Preprocessing, prepare: Prepare) -> tuple[Tensor, Box]:
     """Return what preprocess.py makes of a picture, and of which part; raises RequestError 400 where that does not fit."""
     try:
-        pixels, box = prepare(image)
+        pixels, box = prepare(image.copy())  # which it may change
         left, top, right, bottom = (0.0, 0.0, *image.size) if box is None else map(float, box)
     except MemoryError:
         raise
     except Exception as error:  # it is the user's own code that runs here
-        raise bad_request(f"data: preprocess.py cannot take this image: {type(error).__name__}: {error}") from error
+        log.info("preprocess.py cannot take an image", exc_info=error)
+        why = f"{type(error).__name__}: {shown(str(error))}"
+        raise bad_request(f"data: preprocess.py cannot take this image: {why}") from error
     expected = (len(preprocessing.mean), *preprocessing.size)
     if not isinstance(pixels, Tensor) or tuple(pixels.shape) != expected:
         found = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
         raise bad_request(f"data: preprocess.py makes {found} of this image; allowed: a tensor {list(expected)}")
-    if not (left < min(right, image.width) and top < min(bottom, image.height) and right > 0 and bottom > 0):
+    finite = all(map(isfinite, (left, top, right, bottom)))
+    if not (finite and left < min(right, image.width) and top < min(bottom, image.height) and right > 0 and bottom > 0):
         raise bad_request(f"data: preprocess.py shows {[left, top, right, bottom]} of this image; allowed: a part of it")
     return pixels.float(), (left, top, right, bottom)
+
+
+def _shown(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """Return a part of a picture at a height and width; what lies beyond the picture is black, and takes no memory."""
+    scale = size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])
+    part = max(0.0, box[0]), max(0.0, box[1]), min(float(image.width), box[2]), min(float(image.height), box[3])
+    ends = zip(part, box[:2] * 2, scale * 2, strict=True)
+    left, top, right, bottom = (round((edge - start) * one) for edge, start, one in ends)
+    shown = Image.new(image.mode, size[::-1])
+    inner = (max(1, right - left), max(1, bottom - top))
+    shown.paste(image.resize(inner, Image.Resampling.BILINEAR, box=part), (left, top))
+    return shown
 
 
 def as_input(seen: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -105,9 +130,15 @@ def read_mask(data: bytes, pixel_limit: int) -> NDArray[np.bool_]:
     return within
 
 
-def mask_seen(within: NDArray[np.bool_], preprocessing: Preprocessing) -> NDArray[np.bool_]:
-    """Return a mask [height, width] of an upright original as the model would see it, resized and cropped with it."""
-    trimmed, _ = _trimmed(Image.fromarray(255 * within.astype(np.uint8)), preprocessing)
+def mask_seen(within: NDArray[np.bool_], preprocessing: Preprocessing, box: Box | None = None) -> NDArray[np.bool_]:
+    """Return a mask [height, width] of an upright original as the model would see it, resized and cropped with it.
+
+    Where preprocess.py does that, `box` is the part that it shows.
+    """
+    mask = Image.fromarray(255 * within.astype(np.uint8))
+    if preprocessing.prepare is not None and box is not None:
+        return np.asarray(_shown(mask, box, preprocessing.size)) > 127
+    trimmed, _ = _trimmed(mask, preprocessing)
     return np.asarray(_seen(trimmed, preprocessing)[0]) > 127
 
 

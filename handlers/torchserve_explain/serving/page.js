@@ -48,6 +48,7 @@ async function take(file) {
   running?.abort();
   if (photo) URL.revokeObjectURL(photo.address);
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
+  running?.abort(); // what was asked meanwhile was of the photo before
   photo = { file, bitmap, address: URL.createObjectURL(file) };
   answers.clear();
   clear();
@@ -140,7 +141,8 @@ async function explainOne(method, signal) {
     signal.throwIfAborted();
     const answer = answers.get(asked);
     const command = asCurl(url("explanations"), photo.file.name, fields, Boolean(key));
-    const found = answer.explanations.map((explanation) => ({ answer, explanation, photo }));
+    const whole = (fields.region ?? report.parameters.region.default) === "image";
+    const found = answer.explanations.map((explanation) => ({ answer, explanation, photo, whole }));
     find("#cards").append(...found.map((shown) => mapCard(shown, command)));
     offerComparison(maps = [...maps, ...found]);
     return true;

@@ -76,8 +76,9 @@ function curves({ refinement, quality_details: details }) {
 }
 
 // The map over what the model saw: the part `crop` of the upright photo, at a multiple of the map's size.
-function drawStack(stack, { answer, explanation, photo }) {
-  const { width, height, heatmap_png, overlay_png, scale } = explanation.heatmap;
+function drawStack(stack, { answer, explanation, photo, whole }) {
+  const { heatmap_png, overlay_png, scale } = explanation.heatmap;
+  const { width, height } = whole ? answer.image : explanation.heatmap;
   stack.replaceChildren(find("#drawing").content.cloneNode(true));
   const canvas = find("canvas", stack);
   const about = `${words(explanation.method)} for ${question(explanation)}`;
@@ -87,10 +88,11 @@ function drawStack(stack, { answer, explanation, photo }) {
     find(".heat", stack).remove();
     return;
   }
-  const [left, top, right, bottom] = answer.image.crop;
-  const factor = Math.ceil(448 / Math.max(width, height));
-  Object.assign(canvas, { width: factor * width, height: factor * height });
-  canvas.setAttribute("aria-label", "The part of the photo that the model saw");
+  const [left, top, right, bottom] = whole ? [0, 0, width, height] : answer.image.crop;
+  const factor = whole ? Math.min(1, 1344 / Math.max(width, height)) : Math.ceil(448 / Math.max(width, height));
+  const side = (length) => Math.max(1, Math.round(factor * length));
+  Object.assign(canvas, { width: side(width), height: side(height) });
+  canvas.setAttribute("aria-label", whole ? "The whole photo" : "The part of the photo that the model saw");
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.fillStyle = "white"; // where the photo is transparent, as the server sees it

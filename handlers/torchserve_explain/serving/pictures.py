@@ -208,3 +208,8 @@ def small_png(image: Image.Image) -> bytes:
     palette = Image.new("P", (1, 1))
     palette.putpalette(b"".join(bytes(part.getpalette() or ()) for part in (sample, rare)))
     return png(picture.quantize(palette=palette, dither=Image.Dither.NONE))
+
+
+def heatmap_png(heatmap: Image.Image) -> bytes:
+    """Encode a heat map; one of the whole upload has no palette yet."""
+    return png(heatmap) if heatmap.mode == "P" else small_png(heatmap)

@@ -37,6 +37,7 @@ class Item:
     smoothing: Smoothing | None
     versus: Versus | None = None
     spare: int = 0
+    sharing: int = 1  # pictures that share the room of the answer
 
     @property
     def maps(self) -> int:
@@ -167,7 +168,8 @@ class Planner:
         if least > limit:
             raise over_limit(f"{least} evaluations asked for; allowed: at most {limit} a request")
         spare = (limit - least) // max(1, sum(item.adaptive_runs for item in items))
-        return [replace(item, spare=spare) for item in items]
+        # A page shows what the model saw, too.
+        return [replace(item, spare=spare, sharing=maps + (item.parameters.output == "html")) for item in items]
 
 
 def own_row(item: Item, classifier: Classifier) -> dict[str, Any]:

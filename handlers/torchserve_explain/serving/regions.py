@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from math import sqrt
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,7 +9,9 @@ from PIL import Image, ImageDraw
 from torchserve_explain.serving.images import Picture
 from torchserve_explain.serving.pictures import INK, Map
 
-LARGEST = 3_000_000  # pixels of a picture of the whole upload; a larger one is reduced, or no answer could hold it
+# Pixels of the pictures of whole uploads that share an answer; larger ones are reduced, or no answer could hold them.
+LARGEST = 2_500_000
+SMALLEST = 50_000  # as many as a picture of the crop has
 UNSEEN = (96, 96, 104)  # of a heat map, where the model saw nothing
 DIM = 0.35  # how bright the unseen part of an overlay is
 
@@ -33,13 +34,12 @@ class Whole:
     seen: Box
 
     @classmethod
-    def of(cls, picture: Picture, values: Map) -> "Whole":
+    def of(cls, picture: Picture, values: Map, most: int = LARGEST) -> "Whole":
         """Lay a map [h, w] of what the model saw over the whole upload."""
         assert picture.whole is not None and picture.box is not None
-        image = picture.whole()
-        scale = min(1.0, sqrt(LARGEST / (image.width * image.height)))
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        left, top, right, bottom = (round(edge * scale) for edge in picture.crop)
+        image = picture.whole(most)
+        size, scale = image.size, (image.width / picture.width, image.height / picture.height)
+        left, top, right, bottom = (round(edge * one) for edge, one in zip(picture.crop, scale * 2, strict=True))
         seen = left, top, max(right, left + 1), max(bottom, top + 1)
         x, y = picture.box[0], picture.box[1]
         across, down = (values.shape[1] / (picture.box[2] - x), values.shape[0] / (picture.box[3] - y))
@@ -49,7 +49,7 @@ class Whole:
         spread = np.zeros(size[::-1], dtype=np.float32)
         laid = Image.fromarray(values).resize(target, Image.Resampling.BILINEAR, box=part)
         spread[seen[1] : seen[3], seen[0] : seen[2]] = np.asarray(laid)[: size[1] - seen[1], : size[0] - seen[0]]
-        return cls(image.resize(size, Image.Resampling.BOX) if scale < 1 else image, spread, seen)
+        return cls(image, spread, seen)
 
     def marked(self, drawn: Image.Image, overlay: bool) -> Image.Image:
         """Return a picture of the map with the part marked that the model did not see: dim in an overlay, else grey."""

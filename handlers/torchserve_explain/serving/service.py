@@ -211,7 +211,7 @@ class Service:
         outcomes = yield from side_by_side(works, quality_deadline)
         measured = {name: (qualities[name], outcome) for name, outcome in zip(qualities, outcomes, strict=True)}
         target, versus = self._class(seen, job.case.target), self._versus(seen, job.case)
-        return Explanation(job, explained, target, item.parameters, seen.picture, measured, versus)
+        return Explanation(job, explained, target, item.parameters, seen.picture, measured, versus, item.sharing)
 
     def _look(
         self,
