@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from torchserve_explain.attribution.functions import operations, replacing, surrogate
+from torchserve_explain.attribution.methods.full_gradient import BiasGradients
+from torchserve_explain.attribution.methods.lrp import Composite, RelevanceRules
 from torchserve_explain.errors import Unsupported
 
 
@@ -88,3 +90,25 @@ def test_operations_are_named_as_autograd_has_them(body, expected):
             return body(x)
 
     assert operations(Net(), torch.ones(2)) - {"Clone"} == expected
+
+
+class Complement(nn.Module):
+    """A signal and one minus it, by Python's reflected operator, whose name ends as an in-place function's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.layer(x.flatten(2).mean(2)).sigmoid()
+        return self.head(torch.cat([1 - y, y], 1))
+
+
+@pytest.mark.parametrize(
+    "rule", [RelevanceRules(Composite.EPSILON_PLUS, (0,) * 3, (1,) * 3), BiasGradients(4, 4)], ids=["lrp", "full_grad"]
+)
+def test_a_reflected_operator_changes_nothing_in_place(rule):
+    torch.manual_seed(0)
+    model, x = Complement(), torch.rand(2, 3, 4, 4, requires_grad=True)
+    out = rule.apply(model)(x)
+    torch.testing.assert_close(out[0] if isinstance(out, tuple) else out, model(x))

@@ -63,7 +63,7 @@ def test_gradient_shap_tells_half_the_distance_of_its_halves(classifier, image, 
             maps[-1] += gradient * (image - start) / 4
     found = explain(Job(GradientShap(baseline, samples=8), case), pack=3).value
     torch.testing.assert_close(found.map, (maps[0] + maps[1]) / 2)
-    assert found.sampling_error == pytest.approx(relative(*maps, found.map) / (3**0.5 if baseline is not Baseline.NOISE else 1))
+    assert found.sampling_error == pytest.approx(relative(*maps, found.map) / (3**0.5 if baseline is Baseline.BLACK else 1))
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
@@ -96,14 +96,23 @@ CALIBRATED = [
 
 @pytest.mark.parametrize("method", CALIBRATED, ids=repr)
 def test_the_error_told_is_the_spread_over_seeds(classifier, image, method):
-    """Within a factor of 1.5, on average over 24 seeds."""
+    """Within a factor of 1.5, on average over 24 seeds; GradientSHAP's with references is up to twice as large."""
     classifier.compare_with(images(4))
     found = [explain(Job(method, case_of(classifier, image, seed=seed))).value for seed in range(24)]
     maps = torch.stack([one.map.sum(0) for one in found])
     spread = (maps - maps.mean(0)).square().sum((1, 2)).sum() / 23
     real = float((spread / maps.square().sum((1, 2)).mean()).sqrt())
     told = float(np.sqrt(np.mean([one.sampling_error**2 for one in found])))
-    assert real / 1.5 < told < 1.5 * real
+    assert real / 1.5 < told < (2 if method == GradientShap(Baseline.REFERENCES, samples=20) else 1.5) * real
+
+
+def test_a_doubled_sample_is_no_copy_of_one_in_the_other_half(classifier, image):
+    """Each round pairs the references anew with points, or the halves would agree without being right."""
+    classifier.compare_with(images(4))
+    draws = _Draws(GradientShap(Baseline.REFERENCES, samples=12), case_of(classifier, image, seed=3))
+    assert [draws.turn(k) for k in range(12)] != [draws.turn(k) for k in range(12, 24)]
+    assert all(sorted(draws.turn(k) for k in range(start, start + 4)) == [0, 1, 2, 3] for start in range(0, 24, 4))
+    assert all(sum(draws.half(k) for k in range(start, start + 8)) == 4 for start in range(0, 24, 8))
 
 
 @pytest.mark.parametrize("name", DRAWING)

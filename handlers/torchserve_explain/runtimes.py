@@ -12,6 +12,7 @@ import torch
 from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.compiled import Pays, openvino_version
+from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Settings
 
@@ -25,15 +26,20 @@ def choose_runtime(classifier: Classifier, settings: Settings, digest: str) -> N
     What was measured is kept beside the archive's digest, the processor and the versions, and not measured again.
     """
     installed, limits = openvino_version(), settings.explanations.limits
-    if settings.explanations.runtime == "torch" or installed is None:
+    if settings.explanations.runtime == "torch" or installed is None or classifier.device.type != "cpu":
         return
     size = classifier.example.shape[-2:]
     versions = f"torch {torch.__version__}, openvino {installed}, torchserve-explain {__version__}"
     key = f"{digest}, {tuple(size)}, {processor()}, {torch.get_num_threads()} threads, {versions}"
     kept = _kept()
-    pays = classifier.compile(_photo(settings, size), limits.pack, settings.startupTimeout / 2, kept.get(key))
+    try:
+        photo = _photo(settings, size)
+    except RequestError as reason:  # the user's own preprocess.py may refuse it
+        log.warning("passes stay PyTorch's: the packaged photo cannot be prepared: %s", reason)
+        return
+    pays = classifier.compile(photo, limits.pack, settings.startupTimeout / 2, kept.get(key))
     if pays is not None and key not in kept:
-        _keep(kept | {key: pays})
+        _keep(_kept() | {key: pays})  # others may have written meanwhile
     log.info("runtimes: %s", classifier.runtimes)
 
 
@@ -67,7 +73,7 @@ def _keep(measured: dict[str, Pays]) -> None:
     try:
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}")
         unfinished.write_text(json.dumps({key: [pays.one, pays.many] for key, pays in measured.items()}, indent=1))
         unfinished.replace(file)
     except (OSError, RuntimeError) as error:

@@ -141,7 +141,7 @@ class Classifier:
             return torch.cat([self.logits(part) for part in torch.split(rows, pack)])
 
         try:
-            compiled = Compiled(self._model, self.example)
+            compiled = Compiled(sharing_copy(self._model), self.example)  # it may keep what it is traced with
             pays = tried(module, compiled, picture, deadline, known)
         except Exception as error:  # it is the user's own forward that is traced here
             reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -59,7 +59,9 @@ class FunctionCall:
     @property
     def in_place(self) -> bool:
         """Whether the function changes its first argument."""
-        return self.function.__name__.endswith("_") or bool(self.kwargs.get("inplace"))
+        name = self.function.__name__
+        written = name.endswith("_") and not name.endswith("__")  # __rsub__ changes nothing
+        return written or bool(self.kwargs.get("inplace"))
 
     @property
     def inputs(self) -> list[Tensor]:

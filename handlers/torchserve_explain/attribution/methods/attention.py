@@ -39,9 +39,10 @@ class Rollout:
 
         def step(gradient: Tensor, relevance: Tensor) -> Tensor:
             heads = (rows, -1, self.tokens, self.tokens)
-            if not relevance.any():  # the last layer: only tokens that are read have a gradient
+            begun = relevance.any(1, keepdim=True)
+            if not begun.all():  # a row's last layer: only tokens that are read have a gradient
                 read = (gradient != 0).reshape(heads).any(3).any(1).to(gradient)
-                relevance = read / read.sum(1, keepdim=True).clamp(min=1)
+                relevance = relevance.where(begun, read / read.sum(1, keepdim=True).clamp(min=1))
             attention = (gradient * held).clamp(min=0).reshape(heads).mean(1)
             return relevance + (relevance[:, None] @ attention)[:, 0]
 

@@ -25,7 +25,7 @@ class GradientShap(DrawingMethod):
     map = E[(x + e - b) * dF(b + u (x + e - b))/dx], u uniform in [0, 1], e Gaussian of `stdev` times the
     input's range, b the baseline (with `noise` another one for each sample, with `references` all in turn). It sums to
     F(x) - E[F(b)] in expectation; the completeness error is this sample's. arXiv:1906.10670, equation 7; SHAP's
-    GradientExplainer. The sampling error is that of halves; without noise it is sqrt(3) times less, as the variance of
+    GradientExplainer. The sampling error is that of halves; on one path it is sqrt(3) times less, as the variance of
     evenly spaced points falls with the square of their number.
     """
 
@@ -38,16 +38,16 @@ class GradientShap(DrawingMethod):
         return self.samples + (self.samples if self.baseline is Baseline.NOISE else self.baseline.score_rows)
 
     @property
-    def noisy(self) -> bool:
-        """Whether each sample lies on a path of its own."""
-        return bool(self.stdev) or self.baseline is Baseline.NOISE
+    def many_paths(self) -> bool:
+        """Whether samples lie on different paths, so that they are not evenly spaced on one."""
+        return bool(self.stdev) or self.baseline in (Baseline.NOISE, Baseline.REFERENCES)
 
     def attribute(self, case: Case) -> Computation[Attribution]:
         draws = _Draws(self, case)
         totals, counts, starts = [torch.zeros_like(case.input) for _ in range(2)], [0, 0], list[float]()
 
         def estimate(numbers: range) -> Computation[Attribution]:
-            halves = [[number for number in numbers if self.half(case, number) == half] for half in range(2)]
+            halves = [[number for number in numbers if draws.half(number) == half] for half in range(2)]
             sums, scores = yield from both(both(*map(draws.total, halves)), draws.scores(numbers))
             starts.extend(scores)
             for half in range(2):
@@ -57,7 +57,7 @@ class GradientShap(DrawingMethod):
             error = None
             if all(counts):
                 error = error_of_halves(attribution, *(total / count for total, count in zip(totals, counts, strict=True)))
-                error /= 1 if self.noisy else sqrt(3)
+                error /= 1 if self.many_paths else sqrt(3)
             return Attribution(attribution, baseline_score, known_error(attribution, case, baseline_score), error)
 
         return self.drawn(case, estimate)
@@ -69,13 +69,24 @@ class _Draws:
     def __init__(self, method: GradientShap, case: Case) -> None:
         self._method, self._case = method, case
         self._noise = method.baseline is Baseline.NOISE
-        self._in_turn = method.baseline.in_turn(case)
+        self._in_turn, self._size = method.baseline.in_turn(case), method.baseline.size(case.classifier)
         # One random offset for evenly spaced points: as unbiased as free draws of u, with a smaller error.
         self._offset = case.draw(Draw.PATH, 0).random() / method.samples
 
     def baseline(self, sample: int) -> Tensor:
         """Return the start of a sample's path."""
-        return self._method.baseline.image(self._case, sample) if self._noise else self._in_turn(sample)
+        return self._method.baseline.image(self._case, sample) if self._noise else self._in_turn(self.turn(sample))
+
+    def turn(self, sample: int) -> int:
+        """Return which baseline in turn a sample has: each further round pairs them anew with points."""
+        further = (sample // self._method.samples).bit_length()
+        if not further or self._size == 1:
+            return sample % self._size
+        return int(self._case.draw(Draw.REFERENCE, further).permutation(self._size)[sample % self._size])
+
+    def half(self, sample: int) -> int:
+        """Return which half a sample belongs to, 0 or 1; both have all references."""
+        return (self.turn(sample) + sample // self._size) % 2
 
     def scores(self, samples: range) -> Computation[list[float]]:
         """Return the scores of starts that are not known yet."""
@@ -105,7 +116,7 @@ class _Draws:
         if not samples:
             return torch.zeros_like(self._case.input)
         point = stacked(lambda row: self.point(samples[row]))
-        if not self._method.noisy and self._method.baseline is not Baseline.REFERENCES:
+        if not self._method.many_paths:
             gradient = yield from self._case.weighted_gradient(self._case.input.new_ones(len(samples)), point)
             return gradient * (self._case.input - self.baseline(0))
         total = torch.zeros_like(self._case.input)

@@ -13,7 +13,8 @@ from torchserve_explain.attribution.functions import ACTIVATION_NODES, ACTIVATIO
 from torchserve_explain.attribution.gathering import TOTAL, Add, Gathering
 from torchserve_explain.attribution.methods.method import Attribution, Case, Method
 
-AFFINE = ("conv2d", "linear", "batch_norm", "add", "sub", "rsub")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+AFFINE = (*CONVOLUTIONS, "linear", "batch_norm", "add", "sub", "rsub")
 RULED = LINEAR_NODES | ACTIVATION_NODES | {"MaxPool2DWithIndices", "Sub of two"}
 
 
