@@ -83,6 +83,7 @@ def test_the_page_shows_it(server, name, says, explained):
         page.goto(f"{server}/explanations/{name}")
         page.set_input_files("#file", PHOTO)
         page.wait_for_selector(".bars li")
+        page.eval_on_selector_all("#methods details", "all => all.forEach(fold => fold.open = true)")
         page.uncheck("input[value=integrated_gradients]")
         page.check("input[value=saliency]")
         page.click("#explain")

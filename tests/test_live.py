@@ -10,10 +10,10 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from conftest import WITHOUT_ATTENTION
 from live import CONTINUOUS, SMALL_CONFIG, build_small, build_stock, grpc_modules, picture, served
 from PIL import Image
 
-from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.errors import ServerError
 from torchserve_explain.servers.torchserve import free_ports, serving
@@ -128,7 +128,7 @@ def test_values_are_the_map_and_sum_to_the_score_difference(client):
 
 def test_all_methods_and_targets_are_explained_in_order(client):
     told = explain(client, method="all", target="dog,0", samples="10").json()["explanations"]
-    assert [(e["method"], e["target"]["index"]) for e in told] == [(name, t) for name in METHODS for t in (3, 0)]
+    assert [(e["method"], e["target"]["index"]) for e in told] == [(name, t) for name in WITHOUT_ATTENTION for t in (3, 0)]
 
 
 def test_quality_is_told_with_what_it_was_measured_with(client):
@@ -170,7 +170,7 @@ def test_middle_layers_are_drawn_side_by_side(client):
 
 def test_what_has_no_rule_for_the_probability_is_left_out_of_all_and_refused_by_name(client):
     told = explain(client, method="all", score="probability", samples="5").json()["explanations"]
-    assert {one["method"] for one in told} == set(METHODS) - {"deep_lift", "lrp"}
+    assert {one["method"] for one in told} == set(WITHOUT_ATTENTION) - {"deep_lift", "lrp", "full_grad"}
     answer = client.post("/explanations/small", files={"data": IMAGE}, data={"method": "lrp", "score": "probability"})
     assert "softmax" in refused(answer, 400)
 
@@ -197,7 +197,7 @@ def test_pictures_come_as_fields_and_by_accept_header(client):
 def test_the_report_is_one_self_contained_page(client):
     answer = explain(client, headers={"Accept": "text/html,*/*;q=0.8"}, method="all", samples="10")
     assert answer.headers["content-type"].startswith("text/html")
-    assert all(name in answer.text for name in METHODS)
+    assert all(name in answer.text for name in WITHOUT_ATTENTION)
     assert "http://" not in answer.text and "https://" not in answer.text and "<script" not in answer.text
 
 

@@ -349,7 +349,13 @@ def test_three_methods_stand_in_sight_and_the_others_fold_by_family(server, open
     in_sight = [box.get_attribute("value") for box in page.query_selector_all("input[name=method]") if box.is_visible()]
     assert in_sight == ["integrated_gradients", "grad_cam", "occlusion"]
     folds = [fold.text_content() for fold in page.query_selector_all("#methods summary") if fold.is_visible()]
-    assert [fold.rstrip("0123456789 ") for fold in folds] == ["Where", "Which pixels", "Which parts", "Without gradients"]
+    assert [fold.rstrip("0123456789 ") for fold in folds] == [
+        "Where",
+        "Which pixels",
+        "Which parts",
+        "Without gradients",
+        "Not for this model",
+    ]
     told = httpx.get(server + PATH, headers={"Accept": "application/json"}).json()
     listed = page.eval_on_selector_all("input[name=method]", "all => all.map(one => one.value)")
     assert sorted(listed) == sorted([*(method["name"] for method in told["methods"]), *told["refused"]])
