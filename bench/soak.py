@@ -23,7 +23,7 @@ from bench import machine
 from bench.mixed import MixedRequest, Reply, difference, friendly, hostile, send
 from bench.server import quantile
 from torchserve_explain.archiver import ensure_archive
-from torchserve_explain.attribution.methods import METHODS
+from torchserve_explain.demo import methods_of
 from torchserve_explain.errors import ServerError
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.photo import photo_path
@@ -177,7 +177,7 @@ def memory(pid: int) -> float:
 def soak(server: Server, minutes: float) -> Tally:
     """Load the server for so many minutes."""
     image = photo_path().read_bytes()
-    methods = {name: {"samples": SAMPLES[name]} if name in SAMPLES else {} for name in METHODS}
+    methods = {name: {"samples": SAMPLES[name]} if name in SAMPLES else {} for name in methods_of(server)}
     cases, refused = friendly(image, methods), hostile(image, PIXELS)
     with httpx.Client(timeout=300, headers=server.authorization()) as client:
         alone = {case.name: send(client, server.inference, NAME, case) for case in (*cases, *refused)}

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import grpc
 import httpx
 import pytest
+from conftest import WITHOUT_ATTENTION
 from live import CONTINUOUS, build_small, grpc_modules, picture, served
 
 from bench.mixed import difference, friendly, hostile, send
-from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.servers import drain
 
 pytestmark = pytest.mark.live
@@ -23,7 +23,7 @@ IN_FLIGHT = 32
 PLACES = 24  # of explanations, three quarters of those in flight
 SAMPLES = {"samples": "12"}
 DRAWN = ("gradient_shap", "rise", "lime", "kernel_shap")
-CASES = friendly(IMAGE, {name: SAMPLES if name in DRAWN else {} for name in METHODS})
+CASES = friendly(IMAGE, {name: SAMPLES if name in DRAWN else {} for name in WITHOUT_ATTENTION})
 HOSTILE = hostile(IMAGE, 1_000_000)
 LONG = {"method": "occlusion", "output": "npy"}
 

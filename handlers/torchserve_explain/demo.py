@@ -15,7 +15,6 @@ from rich.progress import track
 from rich.table import Table
 
 from torchserve_explain.archiver import ensure_archive
-from torchserve_explain.attribution.methods import METHODS
 from torchserve_explain.errors import ExplainError, ServerError
 from torchserve_explain.paths import ROOT, STORE
 from torchserve_explain.photo import photo_path
@@ -34,6 +33,13 @@ def ask(server: Server, kind: str, **fields: str) -> httpx.Response:
     return answer
 
 
+def methods_of(server: Server) -> list[str]:
+    """Return the methods that serve the server's first model; raises httpx.HTTPError."""
+    url = f"{server.inference}/explanations/{server.names[0]}"
+    report = httpx.get(url, headers={**server.authorization(), "Accept": "application/json"}, timeout=60).raise_for_status()
+    return [method["name"] for method in report.json()["methods"]]
+
+
 def show(server: Server, out: Path, console: Console) -> None:
     """Ask for everything and write it down; the sheet is made of the methods' own pictures."""
     predictions = ask(server, "predictions").json()
@@ -41,7 +47,7 @@ def show(server: Server, out: Path, console: Console) -> None:
     console.print(*(f"{label}: {probability:.1%}" for label, probability in predictions.items()), sep=", ")
     table = Table("method", "target", "score", "evaluations", "completeness error", "ms")
     cells: list[Cell] = []
-    for method in track(METHODS, "explaining", console=console):
+    for method in track(methods_of(server), "explaining", console=console):
         answer = ask(server, "explanations", method=method).json()
         (out / f"{method}.json").write_text(json.dumps(answer, indent=1))
         one = answer["explanations"][0]
