@@ -160,9 +160,9 @@ def _check(data: Data) -> None:
         if not sum(found.values()):
             raise TrainingError(f"the class {name} holds no image that can be read; allowed: {LAYOUT}")
         if not all(found.values()):
-            counts = ", ".join(f"{count} to {split}" for split, count in found.items())
+            listed = ", ".join(f"{count} to {split}" for split, count in found.items())
             raise TrainingError(
-                f"the class {name} has too few images ({counts}); allowed: one or more to each of {', '.join(SPLITS)}"
+                f"the class {name} has too few images ({listed}); allowed: one or more to each of {', '.join(SPLITS)}"
             )
 
 
