@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 from browser import CHROMIUM, FLAGS, explain
 from conftest import ROOT
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from study.__main__ import draw
@@ -19,6 +20,7 @@ from torchserve_explain.paths import STORE
 from torchserve_explain.photo import photo_path
 from torchserve_explain.servers.torchserve import free_ports, serving
 from torchserve_explain.serving.images import read_picture
+from torchserve_explain.serving.pictures import small_png
 
 DOCS, NAME = ROOT / "docs", "imagenet"
 WIDTH, HEIGHT, QUALITY = 1200, 860, 80
@@ -26,9 +28,15 @@ WIDTH, HEIGHT, QUALITY = 1200, 860, 80
 
 def draw_why(address: str) -> None:
     """Draw what README.md asks for: every method on one sheet."""
-    fields = {"method": "all", "output": "png"}
+    fields = {"method": "all", "samples": "100", "output": "png"}
     answer = httpx.post(address, files={"data": photo_path().read_bytes()}, data=fields, timeout=600)
     (DOCS / "why.png").write_bytes(answer.raise_for_status().content)
+    reduce(DOCS / "why.png")
+
+
+def reduce(path: Path) -> None:
+    """Give a picture a palette, which quarters what readers load."""
+    path.write_bytes(small_png(Image.open(path)))
 
 
 def draw_page(address: str) -> None:
@@ -50,7 +58,9 @@ def main() -> None:
     """Serve the default classifier and draw."""
     archive = load_archive(NAME)
     seen = read_picture(photo_path().read_bytes(), archive.settings.preprocessing, 10**8)
-    draw(Engine(archive.classifier, PACK), seen, DOCS / "study" / "montage.png")
+    montage = DOCS / "study" / "montage.png"
+    draw(Engine(archive.classifier, PACK), seen, montage)
+    reduce(montage)
     with tempfile.TemporaryDirectory() as folder, serving([NAME], STORE, free_ports(), Path(folder)) as running:
         address = f"{running.inference}/explanations/{NAME}"
         draw_why(address)

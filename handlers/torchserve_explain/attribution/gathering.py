@@ -11,9 +11,8 @@ from torchserve_explain.attribution.fused import OPENED
 
 TOTAL = "total"  # the layer whose gradient is the sum
 Add = Callable[[Tensor, Tensor], Tensor]  # an output's gradient and the sum so far to the sum with it
-Gather = Callable[
-    [FunctionCall, int], tuple[Tensor, Add | None]
-]  # a call in a pass of rows: its result, what its gradient adds
+# A call in a pass of so many rows: its result, and what its gradient adds.
+Gather = Callable[[FunctionCall, int], tuple[Tensor, Add | None]]
 
 
 class Gathering(nn.Module):
