@@ -247,6 +247,23 @@ def test_the_photo_is_made_for_the_model(pair, monkeypatch):
     assert shapes == [(3, *SIZE)]
 
 
+SIGNALLED = """
+import os, signal
+from torchserve_explain.attribution.compiled import Compiled
+from torch import nn, zeros
+made = [Compiled(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), zeros(1, 3, 2, 2)) for _ in range(2)]
+del made[0], made[0]
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_process_whose_compiled_models_are_gone_survives_a_signal():
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "handlers")}
+    told = subprocess.run([sys.executable, "-Xfaulthandler", "-c", SIGNALLED], env=environment, capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (0, "handled\n")
+
+
 LISTENED = """
 import socket, sys
 from torchserve_explain.attribution.compiled import Compiled

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -38,9 +39,7 @@ class Compiled:
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        # The mere import would report itself to OpenVINO's makers; without this package it has nothing to do so with.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        import openvino
+        core = _core()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
@@ -57,7 +56,7 @@ class Compiled:
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,  # workers would all be pinned to the same cores
         }
-        self._request = openvino.Core().compile_model(network, "CPU", options).create_infer_request()
+        self._request = core.compile_model(network, "CPU", options).create_infer_request()
 
     def __call__(self, inputs: Tensor, pause: Callable[[], None] | None = None) -> Tensor:
         """Return the logits [n, classes] of inputs [n, C, H, W]; `pause` is called after each row, and may call this."""
@@ -68,6 +67,20 @@ class Compiled:
             if pause is not None:
                 pause()
         return torch.cat(found)
+
+
+@cache
+def _core() -> Any:
+    """Return OpenVINO's core, one for as long as the process lives.
+
+    It gives the thread a stack for its signal handlers. Where one of two cores goes, the thread may be left with the stack
+    of the one that is gone, and the next signal ends the process.
+    """
+    # The mere import would report itself to OpenVINO's makers; without this package it has nothing to do so with.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino.Core()
 
 
 def openvino_version() -> str | None:
