@@ -1,6 +1,7 @@
 """The audit record: it holds what made a map, a replay of it is the same, and what is another one is told as such."""
 
 import base64
+import io
 import json
 import logging
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import WITHOUT_ATTENTION
 from live import SMALL_CONFIG, build_small, picture, served
+from PIL import Image
 
 from torchserve_explain.archive import Archive
 from torchserve_explain.attribution.computation import Piece
@@ -74,6 +76,35 @@ def test_a_record_holds_what_made_the_maps(answer, archive):
 def test_a_record_is_told_only_where_it_is_asked_for(archive):
     asked, silent = answers(archive, {"method": "saliency", "audit": "true"}, {"method": "saliency"})
     assert "audit" in json.loads(asked.body) and "audit" not in json.loads(silent.body)
+
+
+@pytest.mark.parametrize("output", ["png", "html"])
+def test_a_picture_and_a_page_have_the_record_inside(archive, store, tmp_path, capsys, output):
+    fields = {"method": "grad_cam,saliency", "output": output}
+    told, asked, silent = answers(archive, fields | {"output": "json", "audit": "true"}, fields | {"audit": "true"}, fields)
+    record = json.loads(audit.taken_from(asked.body))
+    assert record["explanations"] == json.loads(told.body)["audit"]["explanations"]
+    assert not audit.taken_from(silent.body)
+    if output == "png":
+        assert Image.open(io.BytesIO(asked.body)).tobytes() == Image.open(io.BytesIO(silent.body)).tobytes()
+    (tmp_path / "answer").write_bytes(asked.body)
+    given = [tmp_path / "answer", "--image", tmp_path / "image", "--archive", store / "small.mar", "--device", "cpu"]
+    (tmp_path / "image").write_bytes(IMAGE)
+    assert main(["replay", *map(str, given)]) == 0 and capsys.readouterr().out.count("the same") == 2
+
+
+def test_a_picture_that_is_cut_off_is_no_record(archive, tmp_path, store, capsys):
+    asked = answers(archive, {"method": "saliency", "output": "png", "audit": "true"})[0]
+    (tmp_path / "cut").write_bytes(asked.body[:50])
+    assert main(["replay", str(tmp_path / "cut"), "--image", str(tmp_path / "cut"), "--archive", str(store / "small.mar")]) == 1
+    assert "is no record" in capsys.readouterr().err
+
+
+def test_a_label_that_looks_like_a_record_is_none_and_breaks_no_page(archive):
+    evil = "</script><script>alert(1)</script>" + "{}".join(audit.SCRIPT)
+    page = b"<!doctype html><body></body>"
+    kept = audit.put_into(page, "text/html; charset=utf-8", {"model": {"name": evil}})
+    assert kept.count(b"</script>") == 1 and json.loads(audit.taken_from(kept)) == {"model": {"name": evil}}
 
 
 def test_the_digest_of_the_values_is_that_of_the_npy_answer(archive):
@@ -142,7 +173,8 @@ def test_what_else_is_another_one_is_told_first(answer, store, tmp_path, capsys)
     [
         ("", "holds no audit record"),
         ('{"explanations": []}', "ask for the explanation with audit=true"),
-        ("nonsense", "is no record: allowed: a JSON answer"),
+        ("nonsense", "is no record: allowed: a JSON, PNG or HTML answer"),
+        ("<!doctype html><body></body>", "holds no audit record"),
         ('{"image_sha256": "0"}', "a record's time: Field required"),
     ],
 )

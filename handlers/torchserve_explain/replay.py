@@ -1,7 +1,8 @@
 """Computes an audited explanation anew, and says whether it is the same.
 
-RECORD is an answer that was asked for with audit=true, or a log of audit records, of which those of the image count. The
-exit status is 0 where every map is the same to rounding, and 1 where one is not, or image or archive are others.
+RECORD is an answer that was asked for with audit=true (JSON, a picture or a page), or a log of audit records, of which
+those of the image count. The exit status is 0 where every map is the same to rounding, and 1 where one is not, or image or
+archive are others.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torchserve_explain.errors import ArchiveError, ExplainError
 from torchserve_explain.options import positive
 from torchserve_explain.paths import STORE
 from torchserve_explain.servers.host import DEVICE
-from torchserve_explain.serving.audit import MARK, AuditRecord, MapRecord, sha256, versions
+from torchserve_explain.serving.audit import MARK, AuditRecord, MapRecord, sha256, taken_from, versions
 from torchserve_explain.serving.service import RawRequest, Service
 from torchserve_explain.serving.settings import Settings
 
@@ -68,14 +69,14 @@ class Comparison:
 
 def read_audit(path: Path) -> list[AuditRecord]:
     """Return the records of a file: an answer's, or those of a log, a line each; raises ArchiveError."""
-    text = path.read_text(encoding="utf-8")
     try:
+        text = taken_from(path.read_bytes()).decode()
         try:
             contents = [json.loads(text)]
         except ValueError:
             contents = [json.loads(line.partition(MARK)[2] or line) for line in text.splitlines() if line.strip()]
-    except ValueError:
-        raise ArchiveError(f"{path} is no record: allowed: a JSON answer, or a log of one record a line") from None
+    except (ValueError, OSError):  # OSError: a picture that cannot be read
+        raise ArchiveError(f"{path} is no record: allowed: a JSON, PNG or HTML answer, or a log of one record a line") from None
     try:
         records = [AuditRecord.model_validate(found) for content in contents for found in _audits(content)]
     except ValidationError as error:
@@ -150,7 +151,7 @@ def _sketch(record: MapRecord) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add what is replayed to a command line."""
-    command.add_argument("record", type=Path, metavar="RECORD", help="a JSON answer, or a log of audit records")
+    command.add_argument("record", type=Path, metavar="RECORD", help="a JSON, PNG or HTML answer, or a log of audit records")
     command.add_argument("--image", type=Path, required=True, help="the image as it was sent")
     command.add_argument("--archive", type=Path, help="the archive (default: that of the model's name in model_store)")
     command.add_argument(

@@ -2,9 +2,12 @@
 
 import base64
 import hashlib
+import io
 import json
 import logging
 import platform
+import re
+import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +17,7 @@ import PIL
 import torch
 import torchvision
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from torchserve_explain import __version__
@@ -23,6 +27,8 @@ from torchserve_explain.serving.pictures import Map
 
 log = logging.getLogger(__name__)
 MARK = "AUDIT "  # what a line of the log begins with; deploy/log4j2.xml writes such lines to a file of their own
+HEADER = 33  # bytes of a PNG before its second chunk
+SCRIPT = '<script type="application/json" id="audit">', "</script>"  # of a page; a browser runs nothing of it
 PROJECTIONS = 64  # of a map's sketch: one for each bit of a random word
 
 
@@ -85,6 +91,33 @@ class Auditor:
 def write(record: Mapping[str, Any]) -> None:
     """Write a record to the log as one line of JSON behind the mark; it is ASCII."""
     log.info("%s%s", MARK, json.dumps(record, allow_nan=False))
+
+
+def put_into(body: bytes, content_type: str, record: Mapping[str, Any]) -> bytes:
+    """Return a PNG picture or a page with a record inside; another body comes back as it was.
+
+    A PNG has it as the text `audit`, a page as JSON that a reader does not see. It is ASCII.
+    """
+    text = json.dumps(record, allow_nan=False)
+    if content_type == "image/png":
+        chunk = b"tEXtaudit\0" + text.encode()
+        sealed = (len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4)
+        return body[:HEADER] + sealed + body[HEADER:]
+    if content_type.startswith("text/html"):
+        end = body.rindex(b"</body>")
+        return body[:end] + text.replace("<", r"\u003c").join(SCRIPT).encode() + body[end:]
+    return body
+
+
+def taken_from(data: bytes) -> bytes:
+    """Return the record inside a PNG picture or a page as JSON, or nothing; other bytes come back as they are."""
+    if data.startswith(b"\x89PNG"):
+        with Image.open(io.BytesIO(data)) as picture:
+            return str(picture.info.get("audit", "")).encode()
+    if data.lstrip()[:14].lower() == b"<!doctype html":
+        found = re.search("(.*)".join(SCRIPT).encode(), data)
+        return found[1] if found else b""
+    return data
 
 
 def versions() -> dict[str, str]:

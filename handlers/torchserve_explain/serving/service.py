@@ -278,6 +278,8 @@ class Service:
         reports, audited = self._audited(name, items, reports)
         if request.protocol is Protocol.PLAIN:
             answer = RENDERERS[items[0].parameters.output](reports[0])
+            if (record := reports[0].audit) is not None:
+                answer = replace(answer, body=audit.put_into(answer.body, answer.content_type, record))
         else:
             answer = self._worded(request, [report.as_json() for report in reports])
         explanations = [one for report in reports for one in report.explanations]
