@@ -1,6 +1,7 @@
 """One contract, three servers: the cases of the live test, and those of several models and of errors before a model."""
 
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -121,3 +122,27 @@ def test_a_client_that_goes_away_takes_nobody_with_it(client):
     with pytest.raises(httpx.ReadTimeout):
         client.post("/explanations/small", files={"data": picture(1)}, data={"method": "occlusion"}, timeout=0.05)
     assert client.post("/predictions/small", files={"data": IMAGE}).status_code == 200
+
+
+def test_a_killed_replica_costs_those_in_flight_and_no_other(client):
+    """Ray's replicas are processes of their own; the others are asked for in test_continuous, or are one process."""
+    replicas = [
+        one for one in psutil.Process().children(recursive=True) if re.search("Replica:.*:small:", " ".join(one.cmdline()))
+    ]
+    if not replicas:
+        pytest.skip("this server has no replicas")
+    fields = {"method": "grad_cam", "values": "true"}
+    before = client.post("/explanations/small", files={"data": IMAGE}, data=fields)
+    with ThreadPoolExecutor(4) as pool:
+        held = [pool.submit(client.post, "/explanations/small", files={"data": IMAGE}, data=LONG) for _ in range(4)]
+        other = pool.submit(client.post, "/explanations/other", files={"data": IMAGE}, data=fields)
+        time.sleep(1)
+        for one in replicas:
+            one.kill()
+        answers = [one.result() for one in held]
+        assert other.result().status_code == 200
+    assert {answer.status_code for answer in answers} == {503}
+    assert all(answer.headers["retry-after"] == "1" and "has ended" in answer.json()["message"] for answer in answers)
+    while (after := client.post("/explanations/small", files={"data": IMAGE}, data=fields)).status_code != 200:
+        assert after.status_code == 503
+    assert alike(comparable(before), comparable(after))

@@ -245,6 +245,16 @@ def test_a_quantity_is_told_as_a_value():
         assert status == 400 and why in refusal["message"]
 
 
+def test_only_what_a_quantity_can_be_asked_is_offered():
+    offered = {
+        outputs: service_of(outputs, head=head)._planner.report({})["parameters"]
+        for outputs, head in ((1, Head.NONE), (7, Head.NONE), (6, Head.SOFTMAX))
+    }
+    assert [offered[outputs]["score"]["allowed"] for outputs in (1, 7)] == [["logit"]] * 2
+    assert "versus" not in offered[1] and offered[7]["versus"]["also"] == ["runner_up"]
+    assert offered[6]["score"]["allowed"] == ["logit", "probability"] and offered[6]["versus"]["also"] == ["runner_up", "rest"]
+
+
 def test_several_quantities_are_all_told_and_compared():
     service = service_of(7, head=Head.NONE)
     _, told = answered(service)

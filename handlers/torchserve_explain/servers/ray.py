@@ -7,16 +7,18 @@ requests in flight. Needs the extra [ray].
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from torchserve_explain.errors import ServerError
+from torchserve_explain.errors import RequestError, ServerError
 from torchserve_explain.servers.host import Host, named_archives
 from torchserve_explain.servers.http import router
 from torchserve_explain.serving.answers import Answer
@@ -59,8 +61,12 @@ class Remote:
         return self._version
 
     async def ask(self, raw: RawRequest) -> Answer:
-        """Return the answer of one of the replicas."""
-        answer: Answer = await self._handle.answer.remote(raw.data, raw.headers, raw.id)
+        """Return the answer of one of the replicas; raises RequestError 503 where it ends meanwhile."""
+        try:
+            answer: Answer = await self._handle.answer.remote(raw.data, raw.headers, raw.id)
+        except RayActorError:
+            message = "the replica that worked on it has ended; try again"
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, message, {"Retry-After": "1"}) from None
         return answer
 
 

@@ -88,6 +88,11 @@ class Planner:
         report["parameters"]["timeout"]["maximum"] = self._limits.seconds
         report["head"] = self._classifier.head
         report["parameters"]["baseline"]["allowed"] = [one for one in Baseline if one.serves(self._classifier)]
+        if self._classifier.head is Head.NONE:  # what _check_head refuses is not offered
+            report["parameters"]["score"]["allowed"] = [Score.LOGIT.value]
+            report["parameters"]["versus"]["also"] = [Contrast.RUNNER_UP.value]
+        if self._classifier.classes == 1:
+            del report["parameters"]["versus"]
         narrow = self._classifier.narrow or torch.float32
         return report | {"arithmetic": str(narrow).removeprefix("torch."), "runtimes": self._classifier.runtimes}
 
