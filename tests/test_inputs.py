@@ -1,13 +1,15 @@
 """Inputs of any kind: grey, coloured, with alpha, and what a preprocess.py of one's own makes of a picture."""
 
+import base64
 import io
 import json
 
+import httpx
 import numpy as np
 import pytest
 import torch
 import yaml
-from live import picture
+from live import picture, served
 from PIL import Image
 from safetensors.torch import save_file
 from test_service import answers
@@ -118,6 +120,10 @@ def archive(tmp_path):
         save_file(namespace["Net"]().state_dict(), folder / "w.safetensors")
         options = ["--model", "model.py", "--weights", "w.safetensors", "--config", "config.yaml"]
         options += ["--preprocess", "preprocess.py"] if option else []
+        (folder / "references").mkdir()
+        for number in range(2):
+            (folder / "references" / f"{number}.jpg").write_bytes(picture(number + 1))
+        options += ["--references", "references"]
         paths = [one if one.startswith("--") else str(folder / one) for one in options]
         return build_archive("own", parser().parse_args(["own", *paths, "--store", str(tmp_path / "store")]))
 
@@ -194,3 +200,30 @@ def test_a_picture_that_the_code_changes_stays_as_it_was():
 
     read = read_picture(picture(0, (320, 160)), preprocessing(2, code="preprocess.py").prepared_by(thumbnail), 10**6)
     assert (read.width, read.height) == (320, 160) and read.crop == (0, 0, 320, 160)
+
+
+@pytest.mark.live
+def test_a_live_server_reads_as_the_archive_says_and_compares_with_its_references(archive, tmp_path):
+    path = archive(LETTERBOX)
+    loaded, data = Archive.load(path), picture(0, (320, 160))
+    read = read_picture(data, loaded.settings.preprocessing, 10**6).input
+    fields = {"method": "integrated_gradients,occlusion", "baseline": "references", "region": "image", "values": "true"}
+    (tmp_path / "run").mkdir()
+    with served(["own"], path.parent, tmp_path / "run") as server:
+        answer = httpx.post(f"{server.inference}/explanations/own", files={"data": data}, data=fields, timeout=120)
+        told = answer.json()
+        assert answer.status_code == 200, told
+        logits = loaded.classifier.logits(torch.cat([read[None], loaded.classifier.references.inputs]))
+        top = told["predicted"]["index"]
+        path, hidden = told["explanations"]
+        assert path["target"]["score"] == pytest.approx(float(logits[0, top]), rel=1e-4)
+        assert path["baseline_score"] == pytest.approx(float(logits[1:, top].mean()), rel=1e-4)
+        assert hidden["parameters"]["baseline"] == "references"
+        overlay = Image.open(io.BytesIO(base64.b64decode(path["heatmap"]["overlay_png"])))
+        assert told["image"]["crop"] == [0, 0, 320, 160] and overlay.width == 2 * overlay.height
+        crop = httpx.post(
+            f"{server.inference}/explanations/own", files={"data": data}, data=fields | {"output": "npy"}, timeout=120
+        )
+        values = np.load(io.BytesIO(crop.content))
+        assert values.shape == (2, SIDE, SIDE)
+        assert values[0].sum() == pytest.approx(path["target"]["score"] - path["baseline_score"], rel=0.1)
