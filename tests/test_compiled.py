@@ -76,12 +76,49 @@ def test_maps_of_scores_alone_are_the_same_compiled(pair, name):
 
 def test_gradient_passes_are_pytorchs_and_see_the_same_logits(pair):
     ours, torchs = pair
-    for wanted in ({"gradient": True}, {"layers": ("reduce",)}, {"activations": ("reduce",)}, {"rule": object()}):
+    for wanted in ({"gradient": True}, {"layers": ("stem",)}, {"activations": ("stem", "reduce")}, {"rule": object()}):
         assert ours.form(rows(**wanted)) is Form.MODULE
     assert torch.equal(*(explained(one, METHODS["saliency"](), picture()) for one in (ours, torchs)))
     with_gradient = ours.evaluate(picture()[None], [2], [Score.LOGIT], gradient=True).logits
     alone = ours.evaluate_compiled(picture()[None], [2], [Score.LOGIT]).logits
     torch.testing.assert_close(alone, with_gradient, rtol=0, atol=1e-4 * float(alone.max() - alone.min()))
+
+
+LAYERED = ["grad_cam", "grad_cam_plus_plus", "layer_cam", "score_cam"]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize("score", Score)
+def test_maps_of_the_last_layer_are_the_same_compiled_alone_and_in_company(pair, name, score):
+    ours, torchs = pair
+    assert ours.compiled.layer == ours.last_layer and ours.form(rows(layers=(ours.last_layer,))) is Form.COMPILED
+    images = [picture(seed=seed) for seed in range(3)]
+    found, again, expected = (
+        [one.value.map for one in Engine(classifier, pack).results(
+            [Job(METHODS[name](), Case(classifier, image, 2, score=score)) for image in images])]
+        for classifier, pack in ((ours, 16), (ours, 1), (torchs, 16))
+    )  # fmt: skip
+    assert all(map(torch.equal, found, again))
+    for one, other in zip(found, expected, strict=True):
+        assert float(torch.cosine_similarity(one.flatten(), other.flatten(), 0)) > 0.9999
+
+
+def test_a_layer_is_compiled_only_where_all_passes_through_it_and_it_answers_the_same(monkeypatch):
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(7, 5)
+
+        def forward(self, x):
+            return self.head(torch.cat([self.seen(x).relu().mean((2, 3)), x.mean((2, 3))], 1))
+
+    beside = compiled(Beside())
+    assert beside.last_layer == "seen" and beside.compiled.layer is None
+    assert beside.form(rows()) is Form.COMPILED and beside.form(rows(layers=("seen",))) is Form.MODULE
+    tail = Compiled.tail
+    monkeypatch.setattr(Compiled, "tail", lambda self, features: tail(self, 2 * features))
+    wrong = compiled(small_cnn().float())
+    assert wrong.compiled is not None and wrong.compiled.layer is None and wrong.runtimes["last_layer"] == "torch"
 
 
 def test_a_request_answers_to_the_last_bit_the_same_alone_and_in_company(pair):
@@ -103,6 +140,7 @@ def test_where_only_single_rows_or_only_many_pay_they_share_no_pass(pays):
     assert ours.runtimes == {
         "one_row": "openvino" if pays.one else "torch",
         "many_rows": "openvino" if pays.many else "torch",
+        "last_layer": "openvino" if pays.one else "torch",
         "gradient": "torch",
     }
     engine = Engine(ours, 8)

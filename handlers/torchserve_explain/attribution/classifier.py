@@ -6,18 +6,18 @@ import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.capture import captured, gradients_at
-from torchserve_explain.attribution.compiled import COMPILER, Compiled, Pays, tried
+from torchserve_explain.attribution.compiled import COMPILER, EQUAL, Compiled, Pays, tried
 from torchserve_explain.attribution.functions import operations
-from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.heads import Head, fit_head
 from torchserve_explain.attribution.interruption import interrupted, is_independent, sharing_copy
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
-from torchserve_explain.attribution.low_precision import narrowed
+from torchserve_explain.attribution.preparation import alike, folded, narrow_copy
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Form, Gradients, Layer, Rows, Score, Versus
 from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
@@ -77,7 +77,7 @@ class Classifier:
     ) -> None:
         self.device = torch.device(device)
         self.normalization = normalization
-        self._model, self.folded = _folded(model, self._noise(normalization, size))
+        self._model, self.folded = folded(model, self._noise(normalization, size))
         self._model.to(self.device).to(memory_format=torch.channels_last)
         self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
@@ -86,7 +86,7 @@ class Classifier:
         self._check_rows()
         self.compiled: Compiled | None = None
         self.pays = Pays(one=False, many=False)
-        self._narrow = None if narrow is None else _narrowed(self._model, self.example, narrow)
+        self._narrow = None if narrow is None else narrow_copy(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
@@ -141,26 +141,45 @@ class Classifier:
             return torch.cat([self.logits(part) for part in torch.split(rows, pack)])
 
         try:
-            compiled = Compiled(sharing_copy(self._model), self.example)  # it may keep what it is traced with
+            model = sharing_copy(self._model)  # it may keep what it is traced with
+            compiled = Compiled(model, self.example, self.last_layer)
             pays = tried(module, compiled, picture, deadline, known)
+            self.compiled = compiled if pays.one or pays.many else None
+            self._check_layer(picture[None])
         except Exception as error:  # it is the user's own forward that is traced here
+            self.compiled = None
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             log.warning("passes stay PyTorch's: the model is not compiled: %s", reason)
             return None
-        self.compiled, self.pays = (compiled if pays.one or pays.many else None), pays
+        self.pays = pays
         return pays
+
+    def _check_layer(self, inputs: Tensor) -> None:
+        """Give the compiled layer up where its output, or the predicted class's gradient there, is not the same."""
+        if self.compiled is None or (layer := self.compiled.layer) is None:
+            return
+        asked: dict[str, Any] = {"inputs": inputs, "targets": [None], "scores": [Score.LOGIT], "layers": [layer]}
+        ours, expected = self.evaluate_compiled(**asked).layers[layer], self.evaluate(**asked).layers[layer]
+        same = (alike(getattr(expected, one), getattr(ours, one), EQUAL) for one in ("activation", "gradient"))
+        if not all(same):
+            log.warning("passes to %s stay PyTorch's: compiled, it does not answer the same", layer)
+            self.compiled.layer = None
 
     def form(self, rows: Rows) -> Form:
         """Return which form of the model evaluates rows: the same whoever shares their pass, so that they answer the same."""
         if self._narrow is not None and not rows.gradient and not rows.precise:
             return Form.NARROW
-        more = rows.gradient or rows.layers or rows.activations or rows.rule is not None
-        return Form.MODULE if more or not (self.pays.one if rows.count == 1 else self.pays.many) else Form.COMPILED
+        pays = self.pays.one if rows.count == 1 else self.pays.many
+        if self.compiled is None or not pays or rows.gradient or rows.rule is not None:
+            return Form.MODULE
+        return Form.COMPILED if {*rows.layers, *rows.activations} <= {self.compiled.layer} else Form.MODULE
 
     @property
     def runtimes(self) -> dict[str, str]:
-        """What runs the passes: of rows that a request asks for alone, such as predictions, of many, and with gradients."""
-        compiled = {"one_row": self.pays.one, "many_rows": self.pays.many, "gradient": False}
+        """What runs the passes: of rows asked for alone, such as predictions, of many, to the last layer, and back."""
+        layer = None if self.compiled is None else self.compiled.layer
+        compiled = {"one_row": self.pays.one, "many_rows": self.pays.many}
+        compiled |= {"last_layer": self.pays.one and layer is not None, "gradient": False}
         return {kind: COMPILER if pays else "torch" for kind, pays in compiled.items()}
 
     @property
@@ -241,11 +260,27 @@ class Classifier:
         scores: Sequence[Score],
         versus: Sequence[Versus | None] = (),
         pause: Callable[[], None] | None = None,
+        layers: Sequence[str] = (),
+        activations: Sequence[str] = (),
     ) -> Evaluation:
-        """Run one pass of the compiled model for scores alone; see `evaluate`. `pause` is called between rows."""
+        """Run one pass of the compiled model for scores and its one layer; see `evaluate`. `pause` is called between rows."""
         assert self.compiled is not None
-        logits = self.compiled(inputs, pause)
-        return Evaluation(logits, selected(self.head, logits, targets, scores, versus), None, {}, {})
+        if not layers and not activations:
+            logits = self.compiled(inputs, pause)
+            return Evaluation(logits, selected(self.head, logits, targets, scores, versus), None, {}, {})
+        logits, features = self.compiled.with_layer(inputs, pause)
+        with torch.enable_grad():
+            again = self.compiled.tail(features.requires_grad_())
+            again = again + (logits - again).detach()  # the same numbers, with a gradient
+            explained = selected(self.head, again, targets, scores, versus)
+        (gradient,) = gradients_at(explained, [features])
+        return Evaluation(
+            logits,
+            explained.detach(),
+            None,
+            {name: self._layer(name, features, gradient) for name in layers},
+            {name: self._grid(name, features) for name in activations},
+        )
 
     def _layer(self, name: str, output: Tensor, gradient: Tensor | None) -> Layer:
         return Layer(self._grid(name, output), self._grid(name, torch.zeros_like(output) if gradient is None else gradient))
@@ -297,54 +332,12 @@ class Classifier:
         """Raise ValueError where an image's logits depend on chance or on its neighbours in a pass."""
         both = self._noise(self.normalization, self.example.shape[-2:])
         first, again, beside = self.logits(both[:1]), self.logits(both[:1]), self.logits(both)[:1]
-        if not _alike(first, again):
+        if not alike(first, again):
             raise ValueError("the model answers the same image differently each time: is a dropout always on?")
-        if not _alike(first, beside):
+        if not alike(first, beside):
             raise ValueError("the model's answer to an image depends on the other images of its pass")
 
 
 def _changes(model: nn.Module) -> Callable[[BackwardRule], nn.Module]:
     """Return what makes the model changed by a rule; a few are kept: each holds layers, and a client chooses parameters."""
     return lru_cache(maxsize=4)(lambda rule: rule.apply(model))
-
-
-def _folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
-    """Return a frozen copy in evaluation mode with layers folded, and how many; it answers what the model does."""
-    copied = _copied(model)
-    noise = noise.to(next((p for p in copied.parameters()), noise))
-    with torch.no_grad():
-        expected = copied(noise[:1].clone())
-        folded = fold_layers(copied)
-        copied.requires_grad_(False)  # the folded weights are new
-        if not folded or not isinstance(expected, Tensor):
-            return copied, folded
-        rounding = min(0.01, 1000 * torch.finfo(expected.dtype).eps)
-        if _alike(expected, copied(noise[:1].clone()), rounding):
-            return copied, folded
-    log.warning("layers are not folded: the model would not answer as before")
-    return _copied(model), 0
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a frozen copy in evaluation mode; a tensor that it computed, such as a normed weight, is copied as it is."""
-    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    computed = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
-    return copy.deepcopy(model, computed).eval().requires_grad_(False)
-
-
-def _narrowed(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module | None:
-    """Return a copy that computes in `dtype`, or None where the model does not run in it, which the log tells."""
-    try:
-        narrow = narrowed(model, example, dtype)
-        with torch.no_grad():
-            narrow(example.clone())
-    except Exception as error:  # it is the user's own forward that runs here
-        log.warning("the arithmetic stays %s: the model does not run in %s: %s", example.dtype, dtype, error)
-        return None
-    return narrow
-
-
-def _alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
-    """Whether logits agree within a fraction of the largest, or both are not finite."""
-    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchserve_explain.attribution.tail import tail_of, traced_with
 
 COMPILER = "openvino"
 Forward = Callable[[Tensor], Tensor]  # [n, C, H, W] to logits [n, classes]
@@ -34,18 +34,20 @@ class Compiled:
     """A model's forward pass for inputs like `example` [1, C, H, W], in as many threads as torch has now.
 
     It takes a row at a time, which is as fast here as several and makes a row's logits the same whoever shares its pass.
-    Raises ImportError without OpenVINO, and whatever tracing and conversion raise, where control flow depends on the image
-    among them. The model's own code runs once, on the shapes alone.
+    The output of `layer` comes with the logits, where all that they need of the image passes through it. Raises ImportError
+    without OpenVINO, and whatever tracing and conversion raise, where control flow depends on the image among them. The
+    model's own code runs once, on the shapes alone.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, layer: str | None = None) -> None:
         core = _core()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
-        written_once = functionalize(model, remove="mutations")  # OpenVINO misreads what is written in place (Swin's masks)
-        with torch.no_grad():
-            graph = make_fx(written_once, tracing_mode="fake", _allow_non_fake_inputs=True)(example.clone())
+        graph = traced_with(model, layer, example)  # OpenVINO misreads what is written in place (Swin's masks)
+        self.layer, self._tail = layer, None if layer is None else tail_of(graph)
+        if self._tail is None:
+            self.layer, graph = None, traced_with(model, None, example)
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchFXPythonDecoder(graph, dynamic_shapes=False)  # which must live until it is converted
         network = frontend.convert(frontend.load(decoder))
@@ -60,13 +62,24 @@ class Compiled:
 
     def __call__(self, inputs: Tensor, pause: Callable[[], None] | None = None) -> Tensor:
         """Return the logits [n, classes] of inputs [n, C, H, W]; `pause` is called after each row, and may call this."""
-        found: list[Tensor] = []
+        return torch.cat([logits for logits, *_ in self._rows(inputs, pause)])
+
+    def with_layer(self, inputs: Tensor, pause: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the logits and the output [n, ...] of the layer that comes with them."""
+        logits, features = zip(*self._rows(inputs, pause), strict=True)
+        return torch.cat(logits), torch.cat(features)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """Return the logits [n, classes] of the layer's output, by PyTorch, which knows their gradient."""
+        assert self._tail is not None
+        return torch.cat([self._tail(row) for row in torch.split(features, 1)])
+
+    def _rows(self, inputs: Tensor, pause: Callable[[], None] | None) -> Iterator[list[Tensor]]:
         for row in inputs.detach().float().contiguous():
             self._request.infer([row[None].numpy()], share_inputs=True)
-            found.append(torch.from_numpy(self._request.get_output_tensor(0).data.copy()))
+            yield [torch.from_numpy(one.data.copy()) for one in self._request.output_tensors]
             if pause is not None:
                 pause()
-        return torch.cat(found)
 
 
 @cache

@@ -119,16 +119,19 @@ class Passes:
         """Evaluate the rows of slices of one kind in one pass."""
         wanted = [part.block.rows for part in slices for _ in range(part.count)]
         targets, scores, versus = ([getattr(rows, name) for rows in wanted] for name in ("target", "score", "versus"))
+        layers, activations = (
+            sorted({layer for rows in wanted for layer in getattr(rows, kind)}) for kind in ("layers", "activations")
+        )
         if classifier.form(wanted[0]) is Form.COMPILED:
-            return classifier.evaluate_compiled(inputs, targets, scores, versus, pause)
+            return classifier.evaluate_compiled(inputs, targets, scores, versus, pause, layers, activations)
         return classifier.evaluate(
             inputs,
             targets,
             scores,
             gradient=any(rows.gradient for rows in wanted),
             each=any(rows.gradient and not rows.summed for rows in wanted),
-            layers=sorted({layer for rows in wanted for layer in rows.layers}),
-            activations=sorted({layer for rows in wanted for layer in rows.activations}),
+            layers=layers,
+            activations=activations,
             rule=wanted[0].rule,
             precise=any(rows.precise for rows in wanted),
             versus=versus,
