@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -384,7 +385,9 @@ def test_what_was_explained_is_measured(server, client):
     assert 'ExplainRefusals{ModelName="small",Status="400"' in exposed
 
 
-def test_keys_are_asked_for_where_they_are_on(tmp_path_factory):
+def test_keys_are_asked_for_where_they_are_on(tmp_path_factory, monkeypatch):
+    temporary = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     store = tmp_path_factory.mktemp("store")
     build_small(tmp_path_factory.mktemp("small"), store)
     run = tmp_path_factory.mktemp("run")
@@ -392,7 +395,8 @@ def test_keys_are_asked_for_where_they_are_on(tmp_path_factory):
         url = f"{running.inference}/predictions/small"
         assert httpx.post(url, files={"data": IMAGE}).status_code == 400
         assert httpx.post(url, files={"data": IMAGE}, headers=running.authorization()).status_code == 200
-    assert not list(run.glob("tmp*"))
+        assert list(temporary.glob("ts-*"))
+    assert not list(temporary.glob("ts-*"))
 
 
 def test_a_taken_port_is_told_at_once(server, tmp_path):

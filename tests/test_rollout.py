@@ -58,8 +58,10 @@ def run(command, server):
 def server(tmp_path, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
     build(tmp_path_factory.mktemp("old"), store, "1.0")
-    (tmp_path / "photo").write_bytes(IMAGE)
-    with served(["imagenet"], store, tmp_path, TS_ENABLE_MODEL_API="true") as running:
+    run = tmp_path / "a-folder-whose-path-is-longer-than-that-of-a-socket-of-a-worker-may-be-on-any-system-that-it-runs-on"
+    run.mkdir()
+    (run / "photo").write_bytes(IMAGE)
+    with served(["imagenet"], store, run, TS_ENABLE_MODEL_API="true") as running:
         build(tmp_path_factory.mktemp("new"), store, "2.0")  # over the old one, which is unpacked elsewhere
         yield running
 

@@ -62,7 +62,7 @@ class Server:
 def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
     """Serve archives with config.properties and the relaxations of a local try; stop when the context is left.
 
-    `environment` may hold any TS_* variable; logs and temporary files go to `run`. Raises ServerError. TorchServe resets
+    `environment` may hold any TS_* variable; logs go to `run`. Raises ServerError. TorchServe resets
     its connections at once however it is stopped, so it is stopped only when no request is in flight, or after
     DRAIN_SECONDS; requests that arrive meanwhile are taken.
     """
@@ -72,7 +72,8 @@ def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], r
     run.mkdir(parents=True, exist_ok=True)
     (run / "key_file.json").unlink(missing_ok=True)  # of an earlier run; a new one is written if keys are asked for
     log, logs = run / LOG, Logs(run / "logs")
-    with tempfile.TemporaryDirectory(dir=run, prefix="tmp", ignore_cleanup_errors=True) as temporary:
+    # Not in `run`, whose path may be too long for the workers' sockets.
+    with tempfile.TemporaryDirectory(prefix="ts-", ignore_cleanup_errors=True) as temporary:
         environment = _environment(settings, run, temporary)
         with log.open("wb") as output:
             options: dict[str, Any] = {"stdout": output, "stderr": output, "start_new_session": True}
