@@ -83,19 +83,28 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 
 def server(results: Mapping[str, Any]) -> str:
-    """Return the table of explanations a second."""
+    """Return the tables of explanations and of predictions a second, of those that were measured."""
     text = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
-    text += ["| network | clients | explanations/s ours / stock | ratio | p50, s | p99, s | bytes | processor, s |"]
-    text += ["|---|---|---|---|---|---|---|---|"]
-    lines = results["explanations"]
-    for ours, stock in zip(lines[::2], lines[1::2], strict=True):
-        both = [f"{ours[key]:.3g} / {stock[key]:.3g}" for key in ("rate", "p50", "p99")]
-        size = f"{ours['bytes']:.0f} / {stock['bytes']:.0f} (1/{stock['bytes'] / ours['bytes']:.0f})"
-        processor = f"{ours['processor_seconds']:.3g} / {stock['processor_seconds']:.3g}"
-        ratio = f"**{ours['rate'] / stock['rate']:.2f}**"
-        cells = (ours["network"], ours["clients"], both[0], ratio, both[1], both[2], size, processor)
-        text.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(text) + "\n"
+    for kind in ("explanations", "predictions"):
+        if kind in results:
+            text += [
+                f"| network | clients | handler | {kind}/s ours / stock | ratio | p50, s | p99, s | bytes | processor, s |"
+            ]
+            text += [f"|{'---|' * 9}", *_served(results[kind]), ""]
+    return "\n".join(text)
+
+
+def _served(lines: Sequence[Line]) -> Iterator[str]:
+    """Yield a row for each of our handlers beside the stock one, which comes last of those with so many clients."""
+    for (network, clients), group in groupby(lines, key=lambda line: (line["network"], line["clients"])):
+        *every, stock = group
+        for ours in every:
+            both = [f"{ours[key]:.3g} / {stock[key]:.3g}" for key in ("rate", "p50", "p99")]
+            size = f"{ours['bytes']:.0f} / {stock['bytes']:.0f} ({ours['bytes'] / stock['bytes']:.2g})"
+            processor = f"{ours['processor_seconds']:.3g} / {stock['processor_seconds']:.3g}"
+            ratio = f"**{ours['rate'] / stock['rate']:.2f}**"
+            cells = (network, clients, ours["handler"], both[0], ratio, both[1], both[2], size, processor)
+            yield f"| {' | '.join(map(str, cells))} |"
 
 
 def beside(results: Mapping[str, Any]) -> str:

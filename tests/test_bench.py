@@ -12,7 +12,7 @@ from conftest import ROOT
 from torch import nn
 from torch._inductor import config as inductor
 
-from bench import floor, gate, growth, machine, tables
+from bench import floor, gate, growth, machine, server, tables
 from bench.__main__ import plan
 from bench.captured import captured, compiled_gradient, own_gradient
 from bench.contest import ContestResult, Ready, _take_turn, agreement, compete, contestants
@@ -218,3 +218,39 @@ def test_the_table_tells_how_far_above_the_roofline_and_is_made_without_it():
     assert len({row.count("|") for row in rows}) == 1
     kept = json.loads((ROOT / "docs" / "bench" / "library.json").read_text())
     assert "ours / roofline" in tables.markdown(kept["machine"], kept["results"])
+
+
+def served(kind, clients, handler, rate, **other):
+    figures = {"p50": 0.5, "p99": 1.0, "bytes": 100.0 * rate, "processor_seconds": 0.1}
+    return {"network": kind, "clients": clients, "handler": handler, "rate": rate} | figures | other
+
+
+def test_the_servers_table_tells_each_handler_beside_the_stock_one():
+    lines = [
+        served("resnet18", n, handler, n * rate)
+        for n in (1, 16)
+        for handler, rate in (("ours", 6), ("ours, torch", 3), ("stock", 2))
+    ]
+    rows = [row for row in tables.server({"machine": {}, "predictions": lines}).splitlines() if row.startswith("| resnet18")]
+    assert [row.split(" | ")[4] for row in rows] == ["**3.00**", "**1.50**"] * 2
+    assert rows[1].startswith("| resnet18 | 1 | ours, torch | 3 / 2 |")
+    kept = json.loads((ROOT / "docs" / "bench" / "server.json").read_text())
+    assert tables.server(kept).count("| ours |") == 6 and "predictions" not in tables.server(kept)
+
+
+def test_one_part_of_the_servers_bench_leaves_the_other_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "ROOT", tmp_path)
+    monkeypatch.setattr(server.machine, "describe", lambda _: {"threads": "1"})
+    monkeypatch.setattr(
+        server, "measured", lambda kind, part, _: [served(kind, 1, name, 2.0) for name in (*part.configs, "stock")]
+    )
+    kept = tmp_path / "run" / "bench" / "server.json"
+    monkeypatch.setattr("sys.argv", ["server"])
+    server.main()
+    both = json.loads(kept.read_text())
+    assert [line["handler"] for line in both["predictions"]] == ["ours", "ours, torch", "stock"]
+    monkeypatch.setattr(server, "measured", lambda kind, part, _: [served(kind, 1, name, 4.0) for name in ("ours", "stock")])
+    monkeypatch.setattr("sys.argv", ["server", "--only", "predictions"])
+    server.main()
+    now = json.loads(kept.read_text())
+    assert now["explanations"] == both["explanations"] and [line["rate"] for line in now["predictions"]] == [4.0, 4.0]
