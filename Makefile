@@ -6,7 +6,7 @@ SERVERS := .venv-servers/bin/python
 PIP := .venv/bin/pip install -q --disable-pip-version-check
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: serve test test-servers test-bulk demo study bench bench-growth bench-serve soak support pictures site lint setup clean
+.PHONY: serve test test-servers test-bulk demo study bench bench-gate bench-growth bench-serve soak support pictures site lint setup clean
 
 serve: setup  ## serve classifiers/NAME (default: imagenet) until Ctrl-C
 	@$(RUN) -m torchserve_explain serve $(NAME)
@@ -38,6 +38,9 @@ experiment-%: setup  ## repeat a student report on DATA, a folder of images (doc
 
 bench: setup  ## the engine beside Captum, pytorch-grad-cam and zennit, on one core; writes run/bench/
 	@taskset -c 0 $(RUN) -m bench $(if $(QUICK),--quick)
+
+bench-gate: setup  ## three contests with Captum on one core; fails where a ratio is twice below docs/bench/gate.json's
+	@taskset -c 0 $(RUN) -m bench --quick --peers captum --budget 15 --out run/bench/gate --against docs/bench/gate.json
 
 bench-growth: setup  ## how time and memory grow with images, pixels, classes and steps
 	@taskset -c 0 $(RUN) -m bench.growth

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench import gate, machine, tables
+from bench import gate, machine, roofline, tables
 from bench.contest import ContestResult, agreement, compete
 from bench.floor import FORWARD_ROWS
 from bench.ours import PATH, PATHS, REPEATED, SENSITIVITIES, SMOOTHED, WITHIN, WORKS
@@ -42,8 +42,10 @@ def title(network: str, batch: int, work: str) -> str:
     return f"{network} x {batch}: {work}"
 
 
-def record(network: str, batch: int, work: str, results: list[ContestResult]) -> list[dict[str, Any]]:
-    """Return a contest as lines of plain values, a line each contestant."""
+def record(
+    network: str, batch: int, work: str, results: list[ContestResult], least: float | None = None
+) -> list[dict[str, Any]]:
+    """Return a contest as lines of plain values, a line each contestant; `least` are its seconds by the roofline."""
     ours = results[0]
     assert ours.ready is not None
     return [
@@ -53,6 +55,7 @@ def record(network: str, batch: int, work: str, results: list[ContestResult]) ->
             "work": work,
             "contestant": result.contestant,
             "refusal": result.refusal,
+            "roofline": least,
             **(_told(result, ours) if result.ready else {}),
         }
         for result in results
@@ -73,17 +76,34 @@ def _told(result: ContestResult, ours: ContestResult) -> dict[str, Any]:
     }
 
 
+def measured(options: argparse.Namespace, network: str, batch: int, work: str) -> list[dict[str, Any]]:
+    """Run a contest and return its lines."""
+    given = partial(subject, network, batch)
+    names = None if options.peers is None else {"ours", *options.peers}
+    least = roofline.least_seconds(work, given, machine.speed(options.threads))
+    results = compete(given, work, options.threads, options.repeats, options.budget, names)
+    return record(network, batch, work, results, least)
+
+
+def command() -> argparse.ArgumentParser:
+    """Return the command line."""
+    found = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    found.add_argument("--quick", action="store_true", help="three contests instead of all")
+    found.add_argument("--only", default="", help="contests whose name, as the bar tells it, holds this; others stay")
+    found.add_argument(
+        "--peers", nargs="+", choices=tables.PEERS, metavar="NAME", help="who takes part beside the engine (default: all)"
+    )
+    found.add_argument("--threads", type=int, default=1, help="of torch, for every contestant (default: %(default)s)")
+    found.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
+    found.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
+    found.add_argument("--out", type=Path, default=ROOT / "run" / "bench", help="where the results go (default: run/bench)")
+    found.add_argument("--against", type=Path, help="a library.json or gate.json that no ratio may fall far below, twice")
+    return found
+
+
 def main() -> int:
     """Run what the command line asks for."""
-    command = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    command.add_argument("--quick", action="store_true", help="three contests instead of all")
-    command.add_argument("--only", default="", help="contests whose name, as the bar tells it, holds this; others stay")
-    command.add_argument("--threads", type=int, default=1, help="of torch, for every contestant (default: %(default)s)")
-    command.add_argument("--repeats", type=int, default=7, help="rounds of a contest (default: %(default)s)")
-    command.add_argument("--budget", type=float, default=30, help="seconds of a contest's rounds (default: %(default)s)")
-    command.add_argument("--out", type=Path, default=ROOT / "run" / "bench", help="where the results go (default: run/bench)")
-    command.add_argument("--against", type=Path, help="a library.json that no ratio may fall far below")
-    options = command.parse_args()
+    options = command().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     described, kept = machine.describe(options.threads), options.out / "library.json"
     whole = plan(False)
@@ -95,11 +115,9 @@ def main() -> int:
         ]
     with progress() as shown:
         bar = shown.add_task("", total=len(contests))
-        for network, batch, work in contests:
-            shown.update(bar, description=title(network, batch, work))
-            given = partial(subject, network, batch)
-            results = compete(given, work, options.threads, options.repeats, options.budget)
-            lines += record(network, batch, work, results)
+        for contest in contests:
+            shown.update(bar, description=title(*contest))
+            lines += measured(options, *contest)
             kept.write_text(json.dumps({"machine": described, "results": lines}, indent=1))
             shown.advance(bar)
     lines.sort(key=lambda line: whole.index(tables.contest_of(line)))
@@ -108,7 +126,7 @@ def main() -> int:
     print(tables.markdown(described, lines))
     if options.against is None:
         return 0
-    fallen = gate.fallen(lines, json.loads(options.against.read_text())["results"])
+    fallen = gate.confirmed(lines, json.loads(options.against.read_text())["results"], partial(measured, options))
     print("\n".join(fallen) or "no ratio has fallen", file=sys.stderr)
     return bool(fallen)
 

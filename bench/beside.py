@@ -16,18 +16,17 @@ from typing import Any
 import httpx
 
 from bench import machine, tables
-from bench.server import asking, build, load_for, paced, quantile
+from bench.server import CONTINUOUS, STOCK, TORCH, asking, build, load_for, paced, quantile
 from bench.subjects import LITE0
 from torchserve_explain.paths import ROOT
 from torchserve_explain.records import progress
 from torchserve_explain.servers.torchserve import Server, free_ports, serving
 
 MODES = {  # of our handler
-    "continuous": "continuousBatching: true\n",
-    "torch": "{continuousBatching: true, explanations: {runtime: torch}}\n",
+    "continuous": CONTINUOUS,
+    "torch": TORCH,
     "classic": "continuousBatching: false\n",
 }
-STOCK = "stock"
 SHORT = {"prediction": ("predictions", {}), "Grad-CAM": ("explanations", {"method": "grad_cam"})}
 BUSY = [{"method": "integrated_gradients"}, {"method": "integrated_gradients"}, {"method": "occlusion"}]
 CLIENTS = (0, 1, 4, 16)  # that explain without a pause

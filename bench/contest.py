@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import ours
-from bench.floor import FORWARD_ROWS, GRADIENT_ROWS, PACKS, compiled_run, floor_run
+from bench.floor import FORWARD_ROWS, GRADIENT_ROWS, PACKS, compiled_gradient_run, compiled_run, floor_run
 from bench.ours import Outcome, Run
 from bench.peers import CAMS, CAPTUM, CHUNKED, CHUNKS, captum_run, grad_cam_run, zennit_run
 from bench.subjects import Subject
@@ -56,6 +56,8 @@ def contestants(work: str) -> list[Contestant]:
         found.append(Contestant("zennit", zennit_run, tuned=False))
     if work in GRADIENT_ROWS or work in FORWARD_ROWS:
         found.append(Contestant("floor", floor_run, tuned=True, chunks=PACKS))
+    if work in GRADIENT_ROWS:
+        found.append(Contestant("floor, compiled", compiled_gradient_run, tuned=True))
     return found
 
 

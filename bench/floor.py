@@ -1,7 +1,8 @@
-"""The floor: the same rows through the bare network, forward and back to the input, with nothing else."""
+"""The floor: the same rows through the bare network, forward and back to the input, with nothing else; also compiled."""
 
 import torch
 
+from bench.captured import compiled_gradient
 from bench.ours import PATHS, SMOOTHED, Outcome, Run
 from bench.subjects import Subject
 from torchserve_explain.attribution.compiled import Compiled
@@ -17,8 +18,8 @@ GRADIENT_ROWS = {
 FORWARD_ROWS = {"occlusion", "lime", "kernel_shap"}
 
 
-def _rows(work: str, subject: Subject) -> int:
-    """Return how many rows a work takes."""
+def rows_of(work: str, subject: Subject) -> int:
+    """Return how many rows a work of GRADIENT_ROWS or FORWARD_ROWS takes."""
     occlusion = Occlusion().evaluations(subject.classifier)
     return len(subject.images) * GRADIENT_ROWS.get(work, occlusion if work == "occlusion" else 200)
 
@@ -26,7 +27,7 @@ def _rows(work: str, subject: Subject) -> int:
 def compiled_run(work: str, subject: Subject, _pack: int | None) -> Run:
     """Return a run of a work's rows through the compiled forward pass, whether or not the engine would use it."""
     forward = subject.classifier.compiled or Compiled(subject.classifier._model, subject.classifier.example)
-    rows = subject.images[:1].expand(_rows(work, subject), -1, -1, -1)
+    rows = subject.images[:1].expand(rows_of(work, subject), -1, -1, -1)
 
     def run() -> Outcome:
         for part in torch.split(rows, PACKS[1]):
@@ -36,10 +37,29 @@ def compiled_run(work: str, subject: Subject, _pack: int | None) -> Run:
     return run
 
 
+def compiled_gradient_run(work: str, subject: Subject, _pack: int | None) -> Run:
+    """Return a run of a work's rows forward and back to the input by one compiled graph.
+
+    A pass has as many rows, up to 16, as divide the work's: none is padded, and no row is run beyond them. The capture and
+    the compilation are not part of the run; raises as `compiled_gradient`.
+    """
+    total, network = rows_of(work, subject), subject.classifier._model
+    pack = next(rows for rows in range(PACKS[1], 0, -1) if total % rows == 0)
+    rows = subject.images[:1].expand(pack, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    gradient = compiled_gradient(network, rows, subject.targets[0])
+
+    def run() -> Outcome:
+        for _ in range(total // pack):
+            gradient(rows)
+        return Outcome(None, total)
+
+    return run
+
+
 def floor_run(work: str, subject: Subject, pack: int | None) -> Run:
     """Return a run of a work's rows through the network as the engine has it: frozen, folded, channels-last."""
     gradient = work in GRADIENT_ROWS
-    total, network = _rows(work, subject), subject.classifier._model
+    total, network = rows_of(work, subject), subject.classifier._model
     rows = subject.images[:1].expand(pack or PACKS[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def run() -> Outcome:

@@ -1,12 +1,14 @@
-"""The server under load: explanations over HTTP by our handler and by TorchServe's own."""
+"""The server under load: explanations and predictions over HTTP by our handler and by TorchServe's own."""
 
+import argparse
+import json
 import os
 import shutil
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,10 +48,29 @@ CONFIG = """
 {minWorkers: 1, maxWorkers: 1, continuousBatching: false, batchSize: 8, maxBatchDelay: 5, responseTimeout: 600,
  explanations: {limits: {seconds: 300}}}
 """
-FIELDS = {"method": "integrated_gradients", "steps": str(STEPS)}
-CLIENTS = {1: 6, 8: 16, 32: 32}  # clients, and how many explanations they ask for together
 ROUNDS = 3
 PAUSE = 0.05  # seconds between two requests of a client that does not press
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is asked of the server: which configurations of our handler beside the stock one, by how many clients.
+
+    `clients` tells how many answers so many clients ask for together, `fields` what they ask ours for.
+    """
+
+    configs: Mapping[str, str]
+    clients: Mapping[int, int]
+    fields: dict[str, str]
+
+
+STOCK = "stock"
+CONTINUOUS = "continuousBatching: true\n"
+TORCH = "{continuousBatching: true, explanations: {runtime: torch}}\n"
+PARTS = {
+    "explanations": Part({"ours": CONFIG}, {1: 6, 8: 16, 32: 32}, {"method": "integrated_gradients", "steps": str(STEPS)}),
+    "predictions": Part({"ours": CONTINUOUS, "ours, torch": TORCH}, {1: 100, 16: 320}, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -157,23 +178,26 @@ def build(name: str, store: Path, folder: Path, config: str = CONFIG) -> None:
     build_stock(f"{name}-stock", model, weights, [str(index) for index in range(1000)], store, folder / "stock", beside)
 
 
-def rates(server: Server, name: str) -> Iterator[dict[str, object]]:
-    """Yield, for each number of clients, what both handlers' explanations take, asked for in turns."""
-    requests = {
-        "ours": asking(server, "explanations", name, FIELDS),
-        "stock": asking(server, "explanations", f"{name}-stock", {}),
-    }
+def rates(server: Server, kind: str, part: Part) -> Iterator[dict[str, object]]:
+    """Yield, for each number of clients, what each handler's answers take, asked for in turns."""
+    requests = {handler: asking(server, kind, registration(handler), part.fields) for handler in part.configs}
+    requests[STOCK] = asking(server, kind, STOCK, {})
     with progress() as shown:
-        bar = shown.add_task("", total=len(CLIENTS) * ROUNDS * len(requests))
-        for clients, count in CLIENTS.items():
+        bar = shown.add_task("", total=len(part.clients) * ROUNDS * len(requests))
+        for clients, count in part.clients.items():
             loads: dict[str, list[Load]] = {handler: [] for handler in requests}
             for _ in range(ROUNDS):
                 for handler, ask in requests.items():
-                    shown.update(bar, description=f"{clients} clients: {handler}")
+                    shown.update(bar, description=f"{kind}, {clients} clients: {handler}")
                     loads[handler].append(load(server, ask, clients, count))
                     shown.advance(bar)
             for handler, found in loads.items():
-                yield {"network": name, "clients": clients, "handler": handler} | summary(found)
+                yield {"clients": clients, "handler": handler} | summary(found)
+
+
+def registration(handler: str) -> str:
+    """Return the name that a handler is registered by."""
+    return handler.replace(", ", "-")
 
 
 def summary(loads: Sequence[Load]) -> dict[str, float]:
@@ -218,21 +242,36 @@ def explaining_clients(server: Asked, name: str, fields: dict[str, str], clients
             future.result()  # a load that failed is no load
 
 
+def measured(kind: str, part: Part, folder: Path) -> Iterator[dict[str, object]]:
+    """Yield a part's lines, each network served by itself."""
+    for name in MODELS:
+        own = folder / kind / name
+        store = own / "store"
+        store.mkdir(parents=True)
+        for handler, config in part.configs.items():
+            scratch = own / registration(handler)
+            scratch.mkdir()
+            build(name, store, scratch, config)
+            os.replace(store / f"{name}.mar", store / f"{registration(handler)}.mar")
+            os.replace(store / f"{name}-stock.mar", store / f"{STOCK}.mar")
+        names = [*map(registration, part.configs), STOCK]
+        with serving(names, store, free_ports(), own / "run") as server:
+            yield from ({"network": name} | line for line in rates(server, kind, part))
+
+
 def main() -> None:
-    """Measure, print, and write server.json."""
+    """Measure, print, and write server.json; a part that is not measured stays as it was."""
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("--only", choices=PARTS, help="one part instead of both")
+    only = command.parse_args().only
     out = ROOT / "run" / "bench"
     out.mkdir(parents=True, exist_ok=True)
-    explanations: list[dict[str, object]] = []
+    kept = out / "server.json"
+    results = json.loads(kept.read_text()) if only and kept.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
-        store = Path(temporary, "store")
-        store.mkdir()
-        for name in MODELS:
-            folder = Path(temporary, name)
-            folder.mkdir()
-            build(name, store, folder)
-            with serving([name, f"{name}-stock"], store, free_ports(), folder / "run") as server:
-                explanations += rates(server, name)
-    results = {"machine": machine.describe(len(os.sched_getaffinity(0))), "steps": STEPS, "explanations": explanations}
+        for kind in [only] if only else PARTS:
+            results[kind] = list(measured(kind, PARTS[kind], Path(temporary)))
+    results |= {"machine": machine.describe(len(os.sched_getaffinity(0))), "steps": STEPS}
     tables.write(out / "server", results, tables.server(results))
 
 

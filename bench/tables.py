@@ -8,7 +8,7 @@ from typing import Any
 
 Line = Mapping[str, Any]
 PEERS = ("ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam", "zennit", "floor", "ours, torch", "floor, compiled")
-HEAD = "| work | ours, s | peer | peer, s | ratio | memory ours / peer, MB | error ours / peer | cosine |"
+HEAD = "| work | ours, s | ours / roofline | peer | peer, s | ratio | memory ours / peer, MB | error ours / peer | cosine |"
 
 
 def write(path: Path, results: Mapping[str, Any], table: str) -> None:
@@ -27,7 +27,7 @@ def markdown(machine: Mapping[str, str], lines: Sequence[Line]) -> str:
     """Return a table for each network and batch; a ratio above 1 says that the peer takes longer."""
     text = [", ".join(f"{key} {value}" for key, value in machine.items()), ""]
     for (network, batch), group in groupby(lines, key=lambda line: (line["network"], line["batch"])):
-        text += [f"### {network}, {batch} image{'s' * (batch > 1)}", "", HEAD, "|---|---|---|---|---|---|---|---|"]
+        text += [f"### {network}, {batch} image{'s' * (batch > 1)}", "", HEAD, "|---|---|---|---|---|---|---|---|---|"]
         for _, contest in groupby(group, key=contest_of):
             ours, *peers = contest
             text += [_row(ours, peer) for peer in peers]
@@ -37,13 +37,16 @@ def markdown(machine: Mapping[str, str], lines: Sequence[Line]) -> str:
 
 def _row(ours: Line, peer: Line) -> str:
     work = ours["work"] + (f" ({ours['rows']} rows)" if ours["rows"] else "")
+    above = f"{ours['seconds'] / ours['roofline']:.2f}" if ours.get("roofline") else ""  # of works with a known number of rows
     if peer["refusal"]:
-        return f"| {work} | {ours['seconds']:.3g} | {peer['contestant']} | {peer['refusal'].replace('|', '/')} | | | | |"
+        return (
+            f"| {work} | {ours['seconds']:.3g} | {above} | {peer['contestant']} | {peer['refusal'].replace('|', '/')} | | | | |"
+        )
     name = peer["contestant"] + (f", {peer['chunk']} rows a pass" if peer["chunk"] else "")
     error = " / ".join("" if line["error"] is None else f"{line['error']:.1%}" for line in (ours, peer)).strip(" /")
     cosine = "" if peer["cosine"] is None else f"{peer['cosine']:.4f}"
     return (
-        f"| {work} | {ours['seconds']:.3g} | {name} | {peer['seconds']:.3g} | **{peer['ratio']:.2f}** "
+        f"| {work} | {ours['seconds']:.3g} | {above} | {name} | {peer['seconds']:.3g} | **{peer['ratio']:.2f}** "
         f"| {ours['memory_mb']:.0f} / {peer['memory_mb']:.0f} | {error} | {cosine} |"
     )
 
@@ -80,19 +83,28 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 
 def server(results: Mapping[str, Any]) -> str:
-    """Return the table of explanations a second."""
+    """Return the tables of explanations and of predictions a second, of those that were measured."""
     text = [", ".join(f"{key} {value}" for key, value in results["machine"].items()), ""]
-    text += ["| network | clients | explanations/s ours / stock | ratio | p50, s | p99, s | bytes | processor, s |"]
-    text += ["|---|---|---|---|---|---|---|---|"]
-    lines = results["explanations"]
-    for ours, stock in zip(lines[::2], lines[1::2], strict=True):
-        both = [f"{ours[key]:.3g} / {stock[key]:.3g}" for key in ("rate", "p50", "p99")]
-        size = f"{ours['bytes']:.0f} / {stock['bytes']:.0f} (1/{stock['bytes'] / ours['bytes']:.0f})"
-        processor = f"{ours['processor_seconds']:.3g} / {stock['processor_seconds']:.3g}"
-        ratio = f"**{ours['rate'] / stock['rate']:.2f}**"
-        cells = (ours["network"], ours["clients"], both[0], ratio, both[1], both[2], size, processor)
-        text.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(text) + "\n"
+    for kind in ("explanations", "predictions"):
+        if kind in results:
+            text += [
+                f"| network | clients | handler | {kind}/s ours / stock | ratio | p50, s | p99, s | bytes | processor, s |"
+            ]
+            text += [f"|{'---|' * 9}", *_served(results[kind]), ""]
+    return "\n".join(text)
+
+
+def _served(lines: Sequence[Line]) -> Iterator[str]:
+    """Yield a row for each of our handlers beside the stock one, which comes last of those with so many clients."""
+    for (network, clients), group in groupby(lines, key=lambda line: (line["network"], line["clients"])):
+        *every, stock = group
+        for ours in every:
+            both = [f"{ours[key]:.3g} / {stock[key]:.3g}" for key in ("rate", "p50", "p99")]
+            size = f"{ours['bytes']:.0f} / {stock['bytes']:.0f} ({ours['bytes'] / stock['bytes']:.2g})"
+            processor = f"{ours['processor_seconds']:.3g} / {stock['processor_seconds']:.3g}"
+            ratio = f"**{ours['rate'] / stock['rate']:.2f}**"
+            cells = (network, clients, ours["handler"], both[0], ratio, both[1], both[2], size, processor)
+            yield f"| {' | '.join(map(str, cells))} |"
 
 
 def beside(results: Mapping[str, Any]) -> str:
