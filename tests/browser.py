@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 from live import build_small, picture, served
+from playwright.sync_api import FilePayload
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-PHOTO = {"name": 'it\'s a "photo"; mine.jpg', "mimeType": "image/jpeg", "buffer": picture()}
+PHOTO: FilePayload = {"name": 'it\'s a "photo"; mine.jpg', "mimeType": "image/jpeg", "buffer": picture()}
 PATH = "/explanations/small"
 
 

@@ -46,8 +46,8 @@ def small_cnn(seed=0, classes=5):
     model = SmallCnn(classes).double().eval()
     with torch.no_grad():
         for norm in (model.norm, model.norm2):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
+            norm.get_buffer("running_mean").normal_()
+            norm.get_buffer("running_var").uniform_(0.5, 2)
             norm.weight.normal_(1, 0.3)
             norm.bias.normal_()
     return model
@@ -62,7 +62,12 @@ def around_passes(classifier, wrapped):
 def watched_passes(classifier):
     """Return the list that the number of rows of each pass is added to."""
     sizes = []
-    around_passes(classifier, lambda evaluate, inputs, *a, **o: (sizes.append(len(inputs)), evaluate(inputs, *a, **o))[1])
+
+    def watched(evaluate, inputs, *arguments, **options):
+        sizes.append(len(inputs))
+        return evaluate(inputs, *arguments, **options)
+
+    around_passes(classifier, watched)
     return sizes
 
 

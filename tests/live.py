@@ -7,6 +7,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import ts
@@ -40,7 +41,7 @@ CONTINUOUS = "explanations:" + SMALL_CONFIG.partition("explanations:")[2]  # wit
 
 def small_files(folder: Path, config: str = SMALL_CONFIG) -> dict[str, Path]:
     """Write a small classifier's model.py, weights, labels and configuration."""
-    namespace = {"__name__": "model"}
+    namespace: dict[str, Any] = {"__name__": "model"}
     exec(SMALL_MODEL, namespace)
     torch.manual_seed(0)
     model = namespace["Small"]().eval()

@@ -24,8 +24,8 @@ def certificate(folder: Path, name: str = "tls", issuer: str | None = None) -> N
         "-addext",
         "subjectAltName=DNS:localhost,IP:127.0.0.1",
     ]
-    command += ["-keyout", folder / f"{name}.key", "-out", folder / f"{name}.crt"]
-    command += ["-CA", folder / f"{issuer}.crt", "-CAkey", folder / f"{issuer}.key"] if issuer else []
+    command += ["-keyout", f"{folder}/{name}.key", "-out", f"{folder}/{name}.crt"]
+    command += ["-CA", f"{folder}/{issuer}.crt", "-CAkey", f"{folder}/{issuer}.key"] if issuer else []
     subprocess.run(command, check=True, capture_output=True)
 
 

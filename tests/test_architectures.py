@@ -66,23 +66,24 @@ def test_every_method_in_a_mixed_batch(served):
     with torch.no_grad():
         torch.testing.assert_close(logits, model(probe), rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
     jobs = mixed_jobs(classifier)
-    outcomes = Engine(classifier, 16).run(jobs)
+    outcomes, cams = Engine(classifier, 16).run(jobs), []
     for job, outcome in zip(jobs, outcomes, strict=True):
         told = f"{name} {type(job.method).__name__}"
         assert isinstance(outcome, Result), f"{told}: {outcome}"
         attribution = outcome.value.map
         assert attribution.shape[1:] == classifier.example.shape[2:] and torch.isfinite(attribution).all(), told
-        if type(job.method) not in RECTIFIED:
+        if type(job.method) in RECTIFIED:
+            cams.append(attribution)
+        else:
             assert float(attribution.abs().max()) > 0, told
         if outcome.evaluations < 100 and not isinstance(job.method, Xrai):  # a rounding may reorder regions
-            (alone,) = Engine(classifier, 1).run([job])
+            (alone,) = Engine(classifier, 1).results([job])
             if job.method.adaptive and alone.evaluations != outcome.evaluations:
                 continue  # in float32 a rounding may decide whether the path is refined once more
             difference = float((alone.value.map - attribution).norm())
             assert difference <= 0.1 * float(alone.value.map.norm()), f"{told}: differs by {difference}"
         if type(job.method).__name__ in ("DeepLift", "KernelShap"):
             assert outcome.value.completeness_error < 1e-3, told
-    cams = [o.value.map for job, o in zip(jobs, outcomes, strict=True) if type(job.method) in RECTIFIED]
     assert any(float(cam.max()) > 0 for cam in cams)  # an untrained head may speak against every place, but not to all
     assert torch.equal(classifier.logits(probe), logits)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -96,7 +97,7 @@ def test_the_last_layer_is_the_right_one_and_middle_layers_have_maps_of_their_ow
     chosen = [names[len(names) // 3], names[2 * len(names) // 3], "last"]
     case = case_of(classifier, images(classifier, 1)[0], 1)
     jobs = [Job(cam(layer), case) for cam in (GradCam, LayerCam) for layer in chosen]
-    maps = [outcome.value.map for outcome in Engine(classifier, 4).run(jobs)]
+    maps = [found.value.map for found in Engine(classifier, 4).results(jobs)]
     assert all(torch.isfinite(found).all() for found in maps)
     assert not torch.allclose(maps[3], maps[4]) and not torch.allclose(maps[4], maps[5])
 

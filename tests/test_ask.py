@@ -97,7 +97,12 @@ def test_it_draws_in_a_terminal(asked, tmp_path):
 @pytest.mark.live
 def test_without_a_terminal_it_opens_the_picture_or_says_why_not(asked, monkeypatch, capsys):
     shown = []
-    monkeypatch.setattr(ImageShow, "show", lambda image, title: shown.append(image.size) or True)
+
+    def show(image, title):
+        shown.append(image.size)
+        return True
+
+    monkeypatch.setattr(ImageShow, "show", show)
     assert cli.main([*asked, "--method", "grad_cam", "--show"]) == 0 and shown == [(224, 224)]
     assert "\x1b" not in capsys.readouterr().out
     monkeypatch.setattr(ImageShow, "show", lambda image, title: False)

@@ -7,7 +7,7 @@ from test_transformers import FORMS, TARGET, Attending, by_patch, explained, ima
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import NETWORKS, SIDE, randomised
+from transformers import NETWORKS, SIDE, randomised, vit
 
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.engine import Engine
@@ -30,7 +30,7 @@ class Kept(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ != "multi_head_attention_forward":
             return func(*args, **(kwargs or {}))
-        x, heads, weight, bias = args[0].transpose(0, 1), args[4], *args[5:7]
+        x, (heads, weight, bias) = args[0].transpose(0, 1), args[4:7]
         parts = zip(weight.chunk(3), bias.chunk(3), strict=True)
         q, k, v = ((x @ w.T + b).unflatten(-1, (heads, -1)).transpose(1, 2) for w, b in parts)
         self.weights.append((q * q.shape[-1] ** -0.5).matmul(k.mT).softmax(-1))
@@ -48,7 +48,7 @@ def rolled_out(weights, gradients, read):
 
 @pytest.mark.parametrize("score", list(Score))
 def test_it_is_its_naive_replica_through_three_layers(score):
-    model = randomised(lambda: NETWORKS["vit"](layers=3))
+    model = randomised(lambda: vit(layers=3))
     (image,) = images()
     classifier = Classifier(model, NORMALIZATION, (SIDE, SIDE))
     case = Case(classifier, image, TARGET, score, 1.0)

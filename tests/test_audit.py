@@ -215,7 +215,7 @@ def test_a_sketch_tells_how_far_maps_are_apart():
     draw = np.random.default_rng(0)
     first = draw.standard_normal((40, 30)).astype("f4")
     for scale in (1e-6, 1e-2, 1.0):
-        second = first + scale * draw.standard_normal((40, 30)).astype("f4")
+        second = first + np.float32(scale) * draw.standard_normal((40, 30)).astype("f4")
         apart = np.linalg.norm(audit.sketch(second).astype(float) - audit.sketch(first)) / 8
         assert apart == pytest.approx(np.linalg.norm(second - first), rel=0.35)
     assert audit.sketch(first).shape == (64,)

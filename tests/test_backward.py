@@ -25,7 +25,7 @@ def images(count=1, side=SIDE):
 
 def maps(classifier, inputs, method):
     cases = [Case(classifier, image, TARGET, known_score=1.0) for image in inputs]
-    return torch.stack([outcome.value.map for outcome in Engine(classifier, 8).run([Job(method, case) for case in cases])])
+    return torch.stack([outcome.value.map for outcome in Engine(classifier, 8).results([Job(method, case) for case in cases])])
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from torchserve_explain.serving.settings import Settings
 __all__ = ["archive"]  # a fixture
 
 REFERENCES = Baseline.REFERENCES
-COMPARING = [method for method in METHODS.values() if "baseline" in {field.name for field in fields(method)}]
+COMPARING: list[Any] = [method for method in METHODS.values() if "baseline" in {field.name for field in fields(method)}]
 COMPLETE = [
     IntegratedGradients(REFERENCES),
     IntegratedGradients(REFERENCES, steps=3),
@@ -224,7 +225,12 @@ def test_kernel_shap_and_lime_hide_behind_references_in_turn(comparing, image, m
     """What hidden pixels show in each row, whole pairs behind the same reference."""
     case, seen = case_of(comparing, image, seed=3), []
     evaluate = comparing.evaluate
-    comparing.evaluate = lambda inputs, *a, **o: (seen.extend(inputs.clone()), evaluate(inputs, *a, **o))[1]
+
+    def watched(inputs, *arguments, **options):
+        seen.extend(inputs.clone())
+        return evaluate(inputs, *arguments, **options)
+
+    comparing.evaluate = watched
     for method, skipped, step in ((KernelShap(REFERENCES, samples=9), 1, 2), (Lime(REFERENCES, samples=9), 0, 1)):
         seen.clear()
         explained = explain(Job(method, case))
@@ -251,7 +257,7 @@ def test_in_company_maps_are_those_made_alone(comparing, image):
     other = NORMALIZATION(torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
     jobs = [Job(method(baseline=REFERENCES), case_of(comparing, one, seed=5)) for method in COMPARING for one in (image, other)]
     sizes = watched_passes(comparing)
-    together = Engine(comparing, 8).run(jobs)
+    together = Engine(comparing, 8).results(jobs)
     assert max(sizes) == 8
     for job, found in zip(jobs, together, strict=True):
         torch.testing.assert_close(found.value.map, explain(job, pack=5).value.map)
@@ -315,7 +321,7 @@ def test_an_archive_brings_its_references(archive, weights, tmp_path):
     plain = Archive.load(archive(*weights))
     loaded = Archive.load(archive(*weights, "--references", folder))
     references = loaded.classifier.references
-    assert plain.classifier.references is None and references.inputs.shape == (3, 3, 32, 32)
+    assert plain.classifier.references is None and references is not None and references.inputs.shape == (3, 3, 32, 32)
     torch.testing.assert_close(references.logits, loaded.classifier.logits(references.inputs))
     assert plain.digest != loaded.digest
 

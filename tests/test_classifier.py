@@ -88,7 +88,7 @@ def test_a_convolution_that_feeds_something_else_too_is_not_folded(image):
             return (self.norm(y) + y).mean((2, 3))
 
     model = Shared().double().eval()
-    model.norm.running_mean.fill_(2.0)
+    model.norm.get_buffer("running_mean").fill_(2.0)
     expected = model(image[None]).detach()
     assert fold_layers(model) == 0
     torch.testing.assert_close(model(image[None]), expected)
@@ -97,7 +97,7 @@ def test_a_convolution_that_feeds_something_else_too_is_not_folded(image):
 def test_a_module_used_twice_is_not_folded(image):
     convolution, norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
     model = nn.Sequential(convolution, norm, convolution, norm).double().eval()
-    norm.running_var.fill_(3.0)
+    norm.get_buffer("running_var").fill_(3.0)
     expected = model(image[None]).detach()
     assert fold_layers(model) == 0
     torch.testing.assert_close(model(image[None]), expected)
@@ -401,7 +401,7 @@ def test_folding_that_moves_the_logits_by_more_than_rounding_is_undone(image):
             super().__init__()
             torch.manual_seed(2)
             self.convolution, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
-            self.norm.running_var.fill_(0.9)
+            self.norm.get_buffer("running_var").fill_(0.9)
 
         def forward(self, x):
             again = nn.functional.conv2d(x, self.convolution.weight, padding=1)

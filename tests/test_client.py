@@ -123,10 +123,10 @@ def test_an_error_of_the_answer_is_raised_as_what_it_is(connection, kind, option
 def test_who_finds_no_place_asks_again_until_there_is_one(connection):
     """Three clients, of whose explanations one is computed at a time."""
     codes = []
-    hooks = {"event_hooks": {"response": [lambda response: codes.append(response.status_code)]}}
+    hooks = {"response": [lambda response: codes.append(response.status_code)]}
 
     def ask(target):
-        with Client(**connection, **hooks) as client:
+        with Client(**connection, event_hooks=hooks) as client:
             return client.explain(IMAGE, method="gradient_shap", samples=100, target=target).explanations[0].target.index
 
     with ThreadPoolExecutor(3) as pool:
@@ -161,7 +161,7 @@ def full(after):
 @pytest.fixture
 def slept(monkeypatch):
     pauses = []
-    monkeypatch.setattr(client_module.time, "sleep", pauses.append)
+    monkeypatch.setattr("torchserve_explain.client.time.sleep", pauses.append)
     return pauses
 
 

@@ -219,9 +219,10 @@ def test_it_is_used_where_it_is_faster_by_a_tenth(monkeypatch, seconds, pays):
         return lambda x: (now.__setitem__(0, now[0] + length * len(x)), x.flatten(1))[1]
 
     monkeypatch.setattr("torchserve_explain.attribution.compiled.time.monotonic", lambda: now[0])
-    assert tried(*map(taking, seconds), picture(), 1e9, None) == pays
+    module, compiled = map(taking, seconds)
+    assert tried(module, compiled, picture(), 1e9, None) == pays
     with pytest.raises(ValueError, match="takes longer than startup may"):
-        tried(*map(taking, seconds), picture(), 0.0, None)
+        tried(module, compiled, picture(), 0.0, None)
 
 
 def test_only_float32_on_the_processor_is_compiled(model):
@@ -242,7 +243,12 @@ def tries(monkeypatch, tmp_path):
     """The known verdicts that each attempt to compile is given; each finds that single rows pay."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     given = []
-    monkeypatch.setattr(Classifier, "compile", lambda *arguments: (given.append(arguments[4]), Pays(True, False))[1])
+
+    def noted(*arguments):
+        given.append(arguments[4])
+        return Pays(True, False)
+
+    monkeypatch.setattr(Classifier, "compile", noted)
     return given
 
 

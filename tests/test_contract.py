@@ -43,6 +43,12 @@ FIELDS = {"method": "grad_cam,gradient_shap", "values": "true"}
 LONG = {"method": "occlusion,integrated_gradients", "steps": "300"}
 
 
+class Again(httpx.Client):
+    """A client of a server that was started again."""
+
+    before: httpx.Response  # of the first start
+
+
 @pytest.fixture(scope="module", params=[installed(name) for name in SERVERS])
 def client(request, tmp_path_factory):
     """A client of a server that serves one archive under two names, and has been stopped in the midst of a request before."""
@@ -57,7 +63,7 @@ def client(request, tmp_path_factory):
             time.sleep(1)
         with pytest.raises(httpx.TransportError):  # refused, or reset by a process about to end
             httpx.get(url)
-    with start(archives, tmp_path_factory.mktemp("run")) as url, httpx.Client(base_url=url, timeout=120) as one:
+    with start(archives, tmp_path_factory.mktemp("run")) as url, Again(base_url=url, timeout=120) as one:
         one.before = before
         yield one
 

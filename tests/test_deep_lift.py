@@ -87,7 +87,7 @@ def test_a_linear_model_has_its_weights_times_the_difference(image):
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 5)).double()
     classifier = Classifier(model, NORMALIZATION, SIZE)
     found = explained(classifier, image, Baseline.MEAN).value.map
-    torch.testing.assert_close(found, model[1].weight[TARGET].detach().view(3, *SIZE) * image)
+    torch.testing.assert_close(found, model.get_parameter("1.weight")[TARGET].detach().view(3, *SIZE) * image)
 
 
 def test_an_image_that_is_its_baseline_has_no_contribution():
@@ -98,7 +98,7 @@ def test_an_image_that_is_its_baseline_has_no_contribution():
 
 def test_what_has_no_rule_is_refused_by_name():
     model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.LogSoftmax(1), nn.Flatten(), nn.Linear(512, 2))
-    assert "LogSoftmax" in DeepLift.unsupported(Classifier(model, NORMALIZATION, SIZE))
+    assert "LogSoftmax" in (DeepLift.unsupported(Classifier(model, NORMALIZATION, SIZE)) or "")
 
 
 def multipliers(body, x, base):
@@ -185,11 +185,11 @@ def test_contributions_sum_to_the_difference_through_transformers(name):
     inputs = NORMALIZATION(torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     scores = classifier.logits(inputs)[:, TARGET].tolist()
     cases = [Case(classifier, image, TARGET, known_score=score) for image, score in zip(inputs, scores, strict=True)]
-    together = Engine(classifier, 16).run([Job(DeepLift(), case) for case in cases])
-    for case, outcome in zip(cases, together, strict=True):
-        assert outcome.value.completeness_error < 1e-9
-        (alone,) = Engine(classifier, 1).run([Job(DeepLift(), case)])
-        torch.testing.assert_close(outcome.value.map, alone.value.map)
+    together = Engine(classifier, 16).results([Job(DeepLift(), case) for case in cases])
+    for case, found in zip(cases, together, strict=True):
+        assert found.value.completeness_error is not None and found.value.completeness_error < 1e-9
+        (alone,) = Engine(classifier, 1).results([Job(DeepLift(), case)])
+        torch.testing.assert_close(found.value.map, alone.value.map)
 
 
 def test_images_may_lie_along_another_dimension(image):
@@ -230,7 +230,7 @@ def test_a_change_that_does_not_reach_the_rules_is_refused():
         def forward(self, x):
             return (x + x.detach().relu()).mean((2, 3))
 
-    assert "would not sum" in DeepLift.unsupported(Classifier(Detached(), NORMALIZATION, SIZE))
+    assert "would not sum" in (DeepLift.unsupported(Classifier(Detached(), NORMALIZATION, SIZE)) or "")
 
 
 def test_the_baselines_score_comes_with_the_pass(classifier, image):
@@ -254,4 +254,4 @@ def test_what_no_rule_reaches_is_refused_when_the_model_is_loaded(body, operatio
         def forward(self, x):
             return body(x).mean((2, 3))
 
-    assert operation in DeepLift.unsupported(Classifier(Net(), NORMALIZATION, SIZE))
+    assert operation in (DeepLift.unsupported(Classifier(Net(), NORMALIZATION, SIZE)) or "")

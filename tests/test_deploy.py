@@ -60,6 +60,8 @@ def test_the_image_runs_as_nobody_in_particular_and_asks_its_own_question():
 class Management(BaseHTTPRequestHandler):
     """A management API with one key and models; answers as TorchServe 0.12.0 does."""
 
+    server: "Managed"
+
     def do_GET(self):
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         state = self.server
@@ -87,6 +89,12 @@ class Management(BaseHTTPRequestHandler):
         pass
 
 
+class Managed(ThreadingHTTPServer):
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Management)
+        self.key, self.models, self.in_flight, self.folder = "old", {"a": ["READY"]}, [0.0], folder
+
+
 def keys(folder, key, minutes):
     end = (datetime.now(UTC) + timedelta(minutes=minutes)).isoformat().replace("+00:00", "123Z")  # Java's nanoseconds
     content = {"management": {"key": key, "expiration time": end}, "API": {"key": "api"}}
@@ -95,8 +103,7 @@ def keys(folder, key, minutes):
 
 @pytest.fixture
 def management(tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Management)
-    server.key, server.models, server.in_flight, server.folder = "old", {"a": ["READY"]}, [0.0], tmp_path
+    server = Managed(tmp_path)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     keys(tmp_path, "old", minutes=60)
     yield server
@@ -227,7 +234,7 @@ def test_the_proxys_files_are_where_its_configuration_looks():
     deployment, runtime = pods()
     assert sources(deployment)["paths"] == {"tls/tls.crt", "tls/tls.key", "tokens/tokens.map"}
     assert sources(runtime)["paths"] == {"tokens/tokens.map"}  # the gateway ends TLS
-    port = re.search(r"^listen (\d+)", (DEPLOY / "kserve" / "listen.conf").read_text(), re.M)[1]
+    port = re.findall(r"^listen (\d+)", (DEPLOY / "kserve" / "listen.conf").read_text(), re.M)[0]
     assert runtime["containers"][0]["ports"] == [{"name": "http1", "containerPort": int(port), "protocol": "TCP"}]
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import NORMALIZATION, SIZE, WITHOUT_ATTENTION, around_passes, small_cnn, watched_passes
 
 from torchserve_explain.attribution.classifier import Classifier
+from torchserve_explain.attribution.computation import succeeded
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import Attribution, Case, Method, Smoothing
@@ -57,19 +58,19 @@ def mixed_jobs(classifier):
 @pytest.mark.parametrize("pack", [1, 5, 64])
 def test_a_batch_answers_each_job_as_if_it_were_alone(classifier, pack):
     jobs = mixed_jobs(classifier)
-    together = Engine(classifier, pack).run(jobs)
-    for job, outcome in zip(jobs, together, strict=True):
-        (alone,) = Engine(classifier, 16).run([job])
-        torch.testing.assert_close(outcome.value.map, alone.value.map, rtol=1e-7, atol=1e-9)
-        assert outcome.evaluations == alone.evaluations
-        assert outcome.value.completeness_error == pytest.approx(alone.value.completeness_error, abs=1e-9)
+    together = Engine(classifier, pack).results(jobs)
+    for job, found in zip(jobs, together, strict=True):
+        (alone,) = Engine(classifier, 16).results([job])
+        torch.testing.assert_close(found.value.map, alone.value.map, rtol=1e-7, atol=1e-9)
+        assert found.evaluations == alone.evaluations
+        assert found.value.completeness_error == pytest.approx(alone.value.completeness_error, abs=1e-9)
 
 
 def test_the_order_of_the_batch_does_not_matter(classifier):
     jobs = mixed_jobs(classifier)
     order = random.Random(0).sample(range(len(jobs)), len(jobs))
-    straight = Engine(classifier, 8).run(jobs)
-    shuffled = Engine(classifier, 8).run([jobs[i] for i in order])
+    straight = Engine(classifier, 8).results(jobs)
+    shuffled = Engine(classifier, 8).results([jobs[i] for i in order])
     for place, i in enumerate(order):
         torch.testing.assert_close(shuffled[place].value.map, straight[i].value.map, rtol=1e-7, atol=1e-9)
 
@@ -77,7 +78,7 @@ def test_the_order_of_the_batch_does_not_matter(classifier):
 def test_the_same_seed_gives_the_same_map_and_another_seed_another(classifier, image):
     def shap(seed):
         job = Job(GradientShap(samples=4, stdev=0.1), Case(classifier, image, 0, known_score=0.0, seed=seed))
-        return Engine(classifier, 8).run([job])[0].value.map
+        return Engine(classifier, 8).results([job])[0].value.map
 
     assert torch.equal(shap(1), shap(1))
     assert not torch.allclose(shap(1), shap(2))
@@ -135,7 +136,7 @@ def test_a_failing_job_takes_no_neighbour_with_it(classifier, image, method):
     case = Case(classifier, image, 0, known_score=0.0)
     before, failed, after = Engine(classifier, 8).run([Job(Sensitivity(), case), Job(method, case), Job(Sensitivity(), case)])
     assert isinstance(failed, AttributionError)
-    assert torch.equal(before.value.map, after.value.map)
+    assert torch.equal(succeeded(before).value.map, succeeded(after).value.map)
 
 
 def limited(classifier, rows):
@@ -154,11 +155,11 @@ def limited(classifier, rows):
 
 def test_out_of_memory_halves_the_pack_and_loses_no_row(classifier):
     jobs = mixed_jobs(classifier)
-    expected = Engine(classifier, 16).run(jobs)
+    expected = Engine(classifier, 16).results(jobs)
     managed = limited(classifier, 3)
     engine = Engine(classifier, 16)
-    for outcome, one in zip(engine.run(jobs), expected, strict=True):
-        torch.testing.assert_close(outcome.value.map, one.value.map, rtol=1e-7, atol=1e-9)
+    for found, one in zip(engine.results(jobs), expected, strict=True):
+        torch.testing.assert_close(found.value.map, one.value.map, rtol=1e-7, atol=1e-9)
     assert max(managed) <= 3 and engine.pack <= 3
 
 
@@ -180,7 +181,7 @@ def test_cheap_jobs_are_answered_before_the_deadline_ends_the_others(classifier,
     case = Case(classifier, image, 0, known_score=0.0)
     long, short = engine.run([Job(IntegratedGradients(steps=400), case), Job(GradCam(), case)], deadline=20)
     assert isinstance(long, DeadlinePassed)
-    assert float(short.value.map.max()) > 0
+    assert float(succeeded(short).value.map.max()) > 0
     assert next(ticks) < 30  # it stopped in time
 
 
@@ -203,7 +204,7 @@ def test_one_slow_batch_does_not_refuse_the_next(classifier, image):
     times = iter([0.0, 50.0])  # the first batch's only pass takes 50 seconds, all later ones none
     engine = Engine(classifier, 4, clock=lambda: next(times, 50.0))
     job = Job(Sensitivity(), Case(classifier, image, 0, known_score=0.0))
-    first, later = (engine.run([job], deadline)[0] for deadline in (60.0, 60.0))
+    first, later = (succeeded(engine.run([job], deadline)[0]) for deadline in (60.0, 60.0))
     assert torch.equal(first.value.map, later.value.map)
 
 

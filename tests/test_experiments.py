@@ -16,6 +16,7 @@ from experiments.output import table
 from experiments.regions import edge, mean_shares, share
 from experiments.segmentation import leaf, lesions, without
 from experiments.trained import Trained
+from study.techniques import EIGHT
 from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.quality import Deletion, Insertion
@@ -88,7 +89,7 @@ def test_a_share_is_that_of_the_positive_part():
     region[:2] = True
     values = np.where(region, 3.0, 1.0) * np.where(region, [1, -1, 1, 1], 1)
     assert share(values, region).mass == pytest.approx(18 / 26) and share(values, region).area == 0.5
-    assert share(-np.ones((4, 4)), region).mass == 0.5  # nothing positive is everywhere alike
+    assert share(-np.ones((4, 4), np.float32), region).mass == 0.5  # nothing positive is everywhere alike
     both = mean_shares([{"a": share(values, region)}, {"a": share(np.where(region, 0.0, 1.0), region)}])
     assert both["a"].mass == pytest.approx(9 / 26)
 
@@ -225,7 +226,7 @@ def test_the_cifar100_command(monkeypatch, tmp_path):
 
 @pytest.mark.live
 def test_the_techniques_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(techniques, "EIGHT", techniques.EIGHT[5:7])
+    monkeypatch.setattr(techniques, "EIGHT", EIGHT[5:7])
     photo = tmp_path / "photo.jpg"
     colour(0, 0).save(photo)
     tables, _ = run(monkeypatch, tmp_path, techniques, photo, "--perturbations", 1)

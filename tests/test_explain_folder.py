@@ -16,6 +16,7 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.cli import main
+from torchserve_explain.errors import ArchiveError
 from torchserve_explain.gallery import explain, question
 from torchserve_explain.gallery.pages import ClassGroup, Shot, group, mean_map
 from torchserve_explain.gallery.question import find_samples
@@ -231,9 +232,11 @@ def test_a_mean_map_is_the_mean_of_the_stored_maps(out):
 
 
 def test_a_mean_weighs_pictures_alike_keeps_signs_and_survives_zeros():
-    small, large, zero = np.array([[1.0, -1.0]]), np.array([[300.0, 100.0]]), np.zeros((1, 2))
-    np.testing.assert_allclose(mean_map([small, large]), [[0.625, -0.125]])
-    np.testing.assert_allclose(mean_map([small, zero]), [[0.25, -0.25]])
+    small, large, zero = (np.array([values], np.float32) for values in ((1, -1), (300, 100), (0, 0)))
+    for other, expected in ((large, [[0.625, -0.125]]), (zero, [[0.25, -0.25]])):
+        mean = mean_map([small, other])
+        assert mean is not None
+        np.testing.assert_allclose(mean, expected)
     assert mean_map([]) is None
 
 
@@ -355,13 +358,13 @@ def test_a_folder_that_does_not_fit_is_refused(store, tmp_path, capsys):
     (tmp_path / "any").rename(tmp_path / "ant")
     (tmp_path / "loose.jpg").write_bytes(picture())
     assert "pictures beside subfolders, such as loose.jpg" in refused()
-    with pytest.raises(explain.ArchiveError, match="is no folder"):
+    with pytest.raises(ArchiveError, match="is no folder"):
         find_samples(tmp_path / "nowhere", SMALL_LABELS)
 
 
 def test_of_many_labels_the_nearest_are_named(tmp_path):
     (tmp_path / "clas 77").mkdir()
-    with pytest.raises(explain.ArchiveError, match=r"allowed: class 77, .* and 80 more"):
+    with pytest.raises(ArchiveError, match=r"allowed: class 77, .* and 80 more"):
         find_samples(tmp_path, [f"class {number}" for number in range(100)])
 
 

@@ -1,5 +1,7 @@
 """FullGrad: what is found sums to the score exactly, the map is its naive replica, the rest is refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import NORMALIZATION, SIZE, small_cnn
@@ -42,13 +44,13 @@ class Varied(nn.Module):
 def randomised(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
+            module.get_buffer("running_mean").normal_()
+            module.get_buffer("running_var").uniform_(0.5, 2)
             nn.init.normal_(module.bias)
     return model.double().eval()
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "batch norms folded": small_cnn,
     "everything": Varied,
     "skips": lambda: resnet18(num_classes=5),
@@ -74,7 +76,12 @@ def test_the_map_is_its_naive_replica(model, classifier, image):
     folded, outputs = classifier._model, []
     assert classifier.folded == 2
     convolutions = [one for one in folded.modules() if isinstance(one, nn.Conv2d)]
-    hooks = [one.register_forward_hook(lambda _m, _i, y: (outputs.append(y), y.clone())[1]) for one in convolutions]
+
+    def keep(_module, _inputs, output):
+        outputs.append(output)
+        return output.clone()
+
+    hooks = [one.register_forward_hook(keep) for one in convolutions]
     x = image[None].clone().requires_grad_()
     score = folded(x.clone())[0, 1]
     for hook in hooks:
@@ -89,7 +96,7 @@ def test_the_map_is_its_naive_replica(model, classifier, image):
 
     expected = sum(psi(one) for one in (x * to_input)[0].detach())
     for layer, gradient in zip(convolutions, gradients, strict=True):
-        expected = expected + sum(psi(bias * one) for bias, one in zip(layer.bias, gradient[0], strict=True))
+        expected = expected + sum(psi(bias * one) for bias, one in zip(layer.get_parameter("bias"), gradient[0], strict=True))
     found = explain(Job(FullGrad(), case_of(classifier, image)))
     torch.testing.assert_close(found.value.map[0], expected)
     assert found.evaluations == 1

@@ -59,7 +59,12 @@ def test_an_input_given_by_name_is_refused_where_a_rule_would_miss_it():
 
 def test_replacements_are_made_anew_for_each_pass():
     made = []
-    model = replacing(nn.ReLU(), lambda: made.append(1) or {})
+
+    def replacements():
+        made.append(1)
+        return {}
+
+    model = replacing(nn.ReLU(), replacements)
     model(torch.ones(1))
     model(torch.ones(1))
     assert len(made) == 2

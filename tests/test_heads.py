@@ -1,6 +1,7 @@
 """What a network's outputs mean: found or refused when it is archived, and kept in every answer."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -122,8 +123,8 @@ def test_a_sigmoid_that_is_used_elsewhere_too_stays(image):
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)
 def test_the_other_of_two_classes_has_the_opposite_score(image, name):
     """Every method explains -z where a network with that output of its own would have it."""
-    method = METHODS[name]
-    method = method(**({"samples": 12} if "samples" in method.__dataclass_fields__ else {}))
+    kind = METHODS[name]
+    method = kind(**({"samples": 12} if "samples" in kind.__dataclass_fields__ else {}))
     binary = fitted(nn.Identity(), 1, head=Head.SIGMOID)
     plain = fitted(lambda x: torch.cat([-x, x], 1), 1)
     for target in (0, 1):
@@ -148,7 +149,8 @@ def test_the_probability_of_a_sigmoid_is_each_classs_own(image, versus):
     assert score == pytest.approx(float(own[1]) - others[versus])
     case = Case(classifier, image, 1, Score.PROBABILITY, score, versus=versus)
     (found,) = Engine(classifier, 8).results([Job(IntegratedGradients(max_error=1e-3), case)])
-    assert found.value.completeness_error <= 1e-3
+    assert found.value.completeness_error is not None and found.value.completeness_error <= 1e-3
+    assert found.value.baseline_score is not None
     assert float(found.value.map.sum()) == pytest.approx(score - found.value.baseline_score, rel=2e-3)
 
 
@@ -272,7 +274,7 @@ def archived(folder, outputs, config="", labels=(), name="made", store=None):
     """Archive a small network with that many outputs; return the archive loaded."""
     files = {name: folder / name for name in ("model.py", "weights.pth", "labels.txt", "model-config.yaml")}
     files["model.py"].write_text(SMALL_MODEL.replace("num_classes=7", f"num_classes={outputs}"))
-    namespace = {"__name__": "model"}
+    namespace: dict[str, Any] = {"__name__": "model"}
     exec(files["model.py"].read_text(), namespace)
     torch.manual_seed(0)
     torch.save(namespace["Small"]().state_dict(), files["weights.pth"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -26,7 +27,8 @@ class Model:
     """Answers what it was asked, or never."""
 
     def __init__(self, forever=False):
-        self.forever, self.cancelled, self.raw = forever, False, None
+        self.forever, self.cancelled = forever, False
+        self.raw: Any = None
 
     async def version(self):
         return "1.0"

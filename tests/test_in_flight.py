@@ -3,6 +3,7 @@
 import json
 import time
 from threading import Event
+from typing import Any
 
 import pytest
 from conftest import small_cnn
@@ -72,7 +73,12 @@ def test_a_short_request_is_answered_while_a_long_one_stays_in_flight(in_flight)
 
 def test_what_is_handed_over_again_is_not_read_again(in_flight):
     read = []
-    until(in_flight, {"long": lambda: (read.append(1), explain())[1]}, "long")
+
+    def reading():
+        read.append(1)
+        return explain()
+
+    until(in_flight, {"long": reading}, "long")
     assert read == [1]
 
 
@@ -142,7 +148,7 @@ class Counted:
 
 
 def handler_of(in_flight, continuous):
-    handler = explain_handler.ExplainHandler()
+    handler: Any = explain_handler.ExplainHandler()
     handler._in_flight, handler._continuous, handler._metrics = in_flight, continuous, Counted()
     return handler
 

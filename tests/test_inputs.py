@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from typing import Any
 
 import httpx
 import numpy as np
@@ -23,7 +24,7 @@ from torchserve_explain.errors import ArchiveError, RequestError
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.pictures import png
 from torchserve_explain.serving.service import Service
-from torchserve_explain.serving.settings import Preprocessing, Settings
+from torchserve_explain.serving.settings import ClassifierSettings, Preprocessing, Settings
 
 SIDE = 32
 
@@ -40,7 +41,7 @@ def network(channels):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_every_method_explains_images_of_so_many_channels(channels):
-    settings = Settings(classifier={"architecture": "model.py"}, preprocessing=preprocessing(channels))
+    settings = Settings(classifier=ClassifierSettings(architecture="model.py"), preprocessing=preprocessing(channels))
     classifier = Classifier(network(channels), settings.preprocessing.normalization, settings.preprocessing.size)
     service = Service(classifier, [], settings, {"name": "small", "version": "1"}, "0" * 64)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
@@ -114,7 +115,7 @@ def archive(tmp_path):
         (folder / "preprocess.py").write_text(code)
         prepared = {"crop": list(size), "mean": [0, 0], "std": [1, 1], "code": "preprocess.py"}
         (folder / "config.yaml").write_text(yaml.safe_dump({"preprocessing": prepared}))
-        namespace = {"__name__": "model"}
+        namespace: dict[str, Any] = {"__name__": "model"}
         exec(model, namespace)
         torch.manual_seed(0)
         save_file(namespace["Net"]().state_dict(), folder / "w.safetensors")

@@ -6,7 +6,7 @@ from conftest import NORMALIZATION, SIZE, watched_passes
 from test_stepping import asking, ticking
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Piece
+from torchserve_explain.attribution.computation import Piece, Result, succeeded
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.interruption import interrupted
 from torchserve_explain.attribution.methods import METHODS
@@ -59,7 +59,7 @@ def test_every_method_is_itself_beside_a_pass_that_it_interrupts(classifier, ima
     long = arriving.engine.add(Piece(asking(image, 12, gradient=True)))
     while arriving.engine.in_flight:
         arriving.engine.step()
-    assert long.outcome.value == 12
+    assert isinstance(long.outcome, Result) and long.outcome.value == 12
     for job, task, expected in zip(jobs, arriving.tasks, alone, strict=True):
         torch.testing.assert_close(task.outcome.value.map, expected.value.map, msg=job.method.name)
 
@@ -97,7 +97,7 @@ def test_what_interrupts_and_fails_fails_alone(classifier, image):
     long = arriving.engine.add(Piece(asking(image, 8, gradient=True)))
     while long.outcome is None:
         arriving.engine.step()
-    assert long.outcome.value == 8
+    assert succeeded(long.outcome).value == 8
     faulty, _, fine = (task.outcome for task in arriving.tasks)
     assert isinstance(faulty, AttributionError) and fine.value == 1
 
@@ -107,7 +107,7 @@ def test_work_that_is_dropped_during_its_pass_takes_nothing_with_it(classifier, 
     gone, other = engine.add(Piece(asking(image, 2))), engine.add(Piece(asking(image, 2)))
     while other.outcome is None:
         engine.step()
-    assert other.outcome.value == 2 and isinstance(gone.outcome, AttributionError) and engine.in_flight == 0
+    assert succeeded(other.outcome).value == 2 and isinstance(gone.outcome, AttributionError) and engine.in_flight == 0
 
 
 def test_layers_are_told_on_the_way_there_and_back_and_the_hooks_are_gone_afterwards(classifier, image):

@@ -28,9 +28,9 @@ def fonts(monkeypatch):
 
 
 def drawn(text):
-    picture = Image.new("L", (200, 30))
-    write(picture, (0, 0), text, 13, 255)
-    return np.asarray(picture)
+    picture = Image.new("RGB", (200, 30))
+    write(picture, (0, 0), text, 13, (255, 255, 255))
+    return np.asarray(picture)[..., 0]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_arabic_letters_are_joined_from_right_to_left(fonts):
 
 def test_without_raqm_no_letter_is_set_from_right_to_left(fonts, monkeypatch):
     fonts(DEJAVU)
-    monkeypatch.setattr(lettering.features, "check", lambda feature: feature != "raqm")
+    monkeypatch.setattr("PIL.features.check", lambda feature: feature != "raqm")
     assert drawable("\u0643\u0644\u0628 \u0431", 13) == "[3 letters without a font] \u0431"
 
 

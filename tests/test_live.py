@@ -6,6 +6,7 @@ import json
 import random
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import httpx
@@ -258,7 +259,7 @@ def test_kserve_v1(client):
 
 def test_kserve_v2(client):
     tensor = {"name": "data", "datatype": "BYTES", "shape": [2], "data": [b64(IMAGE), b64(picture(2))]}
-    body = {"id": "mine", "inputs": [tensor]}
+    body: dict[str, Any] = {"id": "mine", "inputs": [tensor]}
     answer = client.post("/v2/models/small/infer", json=body).json()
     assert answer["model_name"] == "small" and answer["id"] == "mine"
     (output,) = answer["outputs"]

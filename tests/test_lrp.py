@@ -27,8 +27,8 @@ def randomised(model):
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
+                module.get_buffer("running_mean").normal_(0, 0.1)
+                module.get_buffer("running_var").uniform_(0.5, 1.5)
                 module.weight.uniform_(0.5, 1.5)
             if getattr(module, "bias", None) is not None:
                 module.bias.normal_(0, 0.1)
@@ -39,9 +39,9 @@ def image(size=SIZE):
     return NORMALIZATION(torch.rand(3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
 
 
-def explained(classifier, composite=Composite.EPSILON_PLUS, **case):
+def explained(classifier, composite=Composite.EPSILON_PLUS, **options):
     score = float(classifier.logits(image()[None])[0, TARGET])
-    case = Case(classifier, image(), TARGET, known_score=score, **case)
+    case = Case(classifier, image(), TARGET, known_score=score, **options)
     (outcome,) = Engine(classifier, 4).run([Job(LayerwiseRelevance(composite), case)])
     return outcome, score
 

@@ -150,7 +150,7 @@ def test_the_map_error_decides_where_rows_are_spent(classifier, image):
         ends: float((h - g).sum(0).norm()) / 8 for ends, g, h in zip(pairwise(at), gradients, gradients[1:], strict=False)
     }
     for _ in range(8):
-        start, stop = max(errors, key=errors.get)
+        start, stop = max(errors, key=errors.__getitem__)
         error, middle = errors.pop((start, stop)) / 8**0.5, (start + stop) / 2
         errors |= {(start, middle): error, (middle, stop): error}
     expected, _ = naive_map(classifier, case, sorted({0.0, *(stop for _, stop in errors)}))
@@ -368,10 +368,10 @@ def test_rise_finds_the_only_pixels_that_count(image):
 
 def test_a_model_without_relus_or_grids_says_what_cannot_serve_it():
     gelu = Classifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(784, 2)), NORMALIZATION, SIZE)
-    assert "no ReLU" in GuidedBackprop.unsupported(gelu) and "no ReLU" in GuidedGradCam.unsupported(gelu)
+    assert all("no ReLU" in (method.unsupported(gelu) or "") for method in (GuidedBackprop, GuidedGradCam))
     flat = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 9), nn.ReLU(), nn.Linear(9, 2)), NORMALIZATION, SIZE)
     assert GuidedBackprop.unsupported(flat) is None
-    assert all("spatial" in method.unsupported(flat) for method in (GradCam, LayerCam, GuidedGradCam))
+    assert all("spatial" in (method.unsupported(flat) or "") for method in (GradCam, LayerCam, GuidedGradCam))
 
 
 def test_occlusion_of_a_linear_model_is_what_was_hidden(linear, linear_classifier, image):
@@ -516,7 +516,7 @@ def test_targets_have_maps_of_their_own(classifier, image, method):
 
 @pytest.mark.parametrize("method", METHOD_CASES)
 def test_a_method_says_what_it_does_and_all_its_parameters_have_defaults(method):
-    told = type(method).__doc__
+    told = type(method).__doc__ or ""
     assert "arXiv:" in told or "doi:" in told or "See BiasedLayers for the equation" in told
     assert all(hasattr(method, field.name) for field in fields(method))
 

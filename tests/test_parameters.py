@@ -14,6 +14,7 @@ from torch import nn
 
 from torchserve_explain.attribution.classifier import Classifier, Normalization
 from torchserve_explain.attribution.methods import METHODS, Smoothing
+from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.attribution.rows import Contrast, Score
@@ -274,21 +275,21 @@ def test_a_refused_value_of_a_weaker_layer_is_named():
 
 @pytest.mark.parametrize("name", ["max_error", "max_map_error"])
 def test_a_stronger_error_takes_the_weaker_steps_away(name):
-    parameters = read_parameters({"steps": 20}, {name: 0.1})
-    assert (parameters.steps, getattr(parameters, name)) == (None, 0.1)
+    parameters = read_parameters({"steps": 20}, {name: 0.1}).model_dump()
+    assert (parameters["steps"], parameters[name]) == (None, 0.1)
 
 
 def test_stronger_steps_stand_beside_a_weaker_max_error():
-    assert read_parameters({"max_error": 0.1}, {"steps": 20}).steps == 20
+    assert read_parameters({"max_error": 0.1}, {"steps": 20}).model_dump()["steps"] == 20
 
 
 def test_steps_and_max_error_of_one_layer_both_stand():
-    parameters = read_parameters({}, {"steps": 20, "max_error": 0.1})
-    assert (parameters.steps, parameters.max_error) == (20, 0.1)
+    parameters = read_parameters({}, {"steps": 20, "max_error": 0.1}).model_dump()
+    assert (parameters["steps"], parameters["max_error"]) == (20, 0.1)
 
 
 def test_a_max_error_of_null_leaves_the_steps():
-    assert read_parameters({"steps": 20}, {"max_error": None}).steps == 20
+    assert read_parameters({"steps": 20}, {"max_error": None}).model_dump()["steps"] == 20
 
 
 def test_the_layers_given_are_left_as_they_were():
@@ -377,8 +378,7 @@ def test_a_parameter_reaches_its_method(method, parameter):
 
 
 def test_a_methods_other_parameters_are_the_same_for_every_layer():
-    made = read_parameters({"layer": "one,two"}).methods("grad_cam")
-    assert [method.layer for method in made] == ["one", "two"]
+    assert read_parameters({"layer": "one,two"}).methods("grad_cam") == [GradCam("one"), GradCam("two")]
 
 
 def test_no_smoothing_is_the_default():
@@ -479,7 +479,15 @@ LABELS = Labels(["tabby", "red fox, Vulpes vulpes", "crane", "crane", "maillot",
 
 
 def targets(value):
-    return LABELS.targets(read_parameters({"target": value}).target)
+    asked = read_parameters({"target": value}).target
+    assert asked is not None
+    return LABELS.targets(asked)
+
+
+def versus(value, *targets):
+    asked = read_parameters({"versus": value}).versus
+    assert asked is not None
+    return LABELS.versus(asked, targets)
 
 
 def target_refusal(value):
@@ -541,14 +549,14 @@ def test_a_label_with_a_comma_inside_a_comma_list_is_refused():
     [("tabby", 0), (4, 4), ("4", 4), ("red fox, Vulpes vulpes", 1), ("rest", "rest"), ("runner_up", "runner_up")],
 )
 def test_versus_is_a_class_or_what_stands_for_one(value, expected):
-    found = LABELS.versus(read_parameters({"versus": value}).versus, [None, 2])
+    found = versus(value, None, 2)
     assert found == expected and isinstance(found, Contrast) == (value in ("rest", "runner_up"))
 
 
 @pytest.mark.parametrize("value", ["Rest", "tabby,4", "crane", 6, "6", "", "2", 2])
 def test_versus_that_is_no_class_or_the_target_is_refused_with_what_is_allowed(value):
     with pytest.raises(RequestError) as caught:
-        LABELS.versus(read_parameters({"versus": value}).versus, [2])
+        versus(value, 2)
     checked(caught.value)
     told = str(caught.value)
     assert told.startswith("versus: ") and ("2, 3" in told if value == "crane" else told.endswith("runner_up or rest"))

@@ -58,7 +58,7 @@ def luminance(colour):
 
 @pytest.mark.parametrize("name", COLORMAPS)
 def test_a_colour_map_has_256_bytes_of_each_channel(name):
-    assert (table(name).shape, table(name).dtype) == ((256, 3), np.uint8)
+    assert table(name).shape == (256, 3) and table(name).dtype == np.uint8
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_there_is_a_diverging_and_a_sequential_default():
 
 # What colour-blind readers see: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 BLIND = {
-    "none": np.eye(3),
+    "none": np.eye(3).tolist(),
     "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
@@ -574,7 +574,7 @@ def test_a_map_that_no_whole_factor_fits_keeps_its_values_and_their_order():
 
 
 def test_a_small_image_grows_smoothly():
-    edge = Image.fromarray(np.repeat(np.uint8([[0] * 16 + [200] * 16]), 32, 0))
+    edge = Image.fromarray(np.repeat(np.array([[0] * 16 + [200] * 16], np.uint8), 32, 0))
     _, picture = fitted(np.zeros((32, 32), np.float32), edge)
     row = np.asarray(picture, dtype=int)[112]
     assert len(np.unique(row)) > 5 and (row[:90] == 0).all() and (row[-90:] == 200).all()

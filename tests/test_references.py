@@ -23,6 +23,7 @@ from torchserve_explain.attribution.methods.cam import GradCam
 from torchserve_explain.attribution.methods.expected_gradients import GradientShap
 from torchserve_explain.attribution.methods.gradient import InputXGradient, Saliency, Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedBackprop, GuidedGradCam
+from torchserve_explain.attribution.methods.method import Draw
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.methods.perturbation import Occlusion
 from torchserve_explain.attribution.methods.smoothing import SmoothingKind
@@ -36,7 +37,7 @@ TARGET = 3
 def explain(classifier, method, image, smoothing=None, **case):
     score = float(classifier.logits(image[None])[0, TARGET])
     job = Job(method, Case(classifier, image, TARGET, known_score=score, **case), smoothing)
-    return Engine(classifier, pack=7).run([job])[0].value.map
+    return Engine(classifier, pack=7).results([job])[0].value.map
 
 
 def relative_difference(found, expected):
@@ -134,7 +135,7 @@ def test_occlusion_is_captums(model, side):
 def test_gradient_shap_is_captums_with_the_same_draws(model, classifier, image, monkeypatch, stdev):
     samples = 6
     case = Case(classifier, image, TARGET, seed=5)
-    offset = case.draw(2, 0).random()
+    offset = case.draw(Draw.PATH, 0).random()
     monkeypatch.setattr(np.random, "uniform", lambda *_: (np.arange(samples) + offset) / samples)
     fixed_draws(monkeypatch, case, stdev, samples)
     expected = CaptumShap(model).attribute(image[None], black(classifier, image), samples, stdev, TARGET)[0]
@@ -170,7 +171,7 @@ def test_in_float32_as_served_maps_keep_direction_and_length(lite0, served, monk
         found = explain(classifier, IntegratedGradients(steps=20), image)
         expected = CaptumIG(lite0).attribute(inputs, baseline, TARGET, n_steps=20)[0]
     elif name == "gradient_shap":
-        offset = Case(classifier, image, TARGET).draw(2, 0).random()
+        offset = Case(classifier, image, TARGET).draw(Draw.PATH, 0).random()
         monkeypatch.setattr(np.random, "uniform", lambda *_: (np.arange(8) + offset) / 8)
         found = explain(classifier, GradientShap(samples=8), image)
         expected = CaptumShap(lite0).attribute(inputs, baseline, 8, 0.0, TARGET)[0]

@@ -126,5 +126,7 @@ def test_maps_of_a_detailed_photo_share_the_room_of_the_answer(service):
 
 def test_a_line_of_pixels_is_reduced_too():
     upload = png(Image.new("L", (8_000_000, 1)))
-    whole = read_picture(upload, SMALL, 10**8).whole(LARGEST)
-    assert whole.width <= LARGEST and whole.height == 1
+    whole = read_picture(upload, SMALL, 10**8).whole
+    assert whole is not None
+    reduced = whole(LARGEST)
+    assert reduced.width <= LARGEST and reduced.height == 1

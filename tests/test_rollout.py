@@ -33,7 +33,7 @@ ASKED = (
 def commands():
     """The recipe's commands, each with what it waits for."""
     page = (ROOT / "docs" / "production.md").read_text()
-    block = re.search(r"## A new version under load\n.*?```sh\n(.*?)```", page, re.S)[1]
+    block = re.findall(r"## A new version under load\n.*?```sh\n(.*?)```", page, re.S)[0]
     return [line for line in block.splitlines() if line and not line.startswith("#")]
 
 

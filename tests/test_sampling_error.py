@@ -1,6 +1,7 @@
 """Error bars of methods that draw: their definition, that they are true from seed to seed, and samples until they are small."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,9 @@ def test_gradient_shap_tells_half_the_distance_of_its_halves(classifier, image, 
             maps[-1] += gradient * (image - start) / 4
     found = explain(Job(GradientShap(baseline, samples=8), case), pack=3).value
     torch.testing.assert_close(found.map, (maps[0] + maps[1]) / 2)
-    assert found.sampling_error == pytest.approx(relative(*maps, found.map) / (3**0.5 if baseline is Baseline.BLACK else 1))
+    assert found.sampling_error == pytest.approx(
+        relative(maps[0], maps[1], found.map) / (3**0.5 if baseline is Baseline.BLACK else 1)
+    )
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
@@ -78,6 +81,7 @@ def test_a_regressions_variances_are_those_of_its_residuals_over_what_is_left_of
         reach = np.linalg.solve(gram, w * one)
         variances += reach**2 * (score - one @ values) ** 2 / (1 - one @ reach)
     np.testing.assert_allclose(found.values, values)
+    assert found.variances is not None
     np.testing.assert_allclose(found.variances, variances)
     assert fitted(x[:5], y[:5], weights[:5]).variances is None  # two samples more than values tell nothing
 
@@ -117,7 +121,8 @@ def test_a_doubled_sample_is_no_copy_of_one_in_the_other_half(classifier, image)
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_samples_are_doubled_until_the_error_is_small_enough_or_the_budget_is_out(classifier, image, name):
-    method, case = METHODS[name], case_of(classifier, image, budget=1000)
+    method: Any = METHODS[name]
+    case = case_of(classifier, image, budget=1000)
     once = explain(Job(method(samples=160), case))
     more = explain(Job(method(samples=160, max_sampling_error=0.7 * once.value.sampling_error), case))
     fixed = once.evaluations - 160
@@ -160,7 +165,8 @@ def test_coalitions_drawn_later_are_others(classifier, image, method, monkeypatc
 
 @pytest.mark.parametrize(("name", "samples"), [("rise", 1), ("gradient_shap", 1), ("lime", 1), ("kernel_shap", 6)])
 def test_too_few_samples_tell_no_error(classifier, image, name, samples):
-    assert explain(Job(METHODS[name](samples=samples), case_of(classifier, image))).value.sampling_error is None
+    method: Any = METHODS[name]
+    assert explain(Job(method(samples=samples), case_of(classifier, image))).value.sampling_error is None
 
 
 def told(service, **fields):

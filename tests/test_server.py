@@ -55,7 +55,11 @@ def test_a_worker_that_dies_again_and_again_is_told(tmp_path):
     assert logs.load_failure() is None
     with (tmp_path / "ts_log.log").open("a") as log:
         log.write(DEATH.format(name="mine"))
-    assert logs.load_failure().startswith("mine cannot be loaded: its worker has died 3 times")
+    assert (logs.load_failure() or "").startswith("mine cannot be loaded: its worker has died 3 times")
+
+
+def server_at(metrics):
+    return SimpleNamespace(metrics=metrics, process=SimpleNamespace(poll=lambda: None))
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def metrics():
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         address = f"http://127.0.0.1:{running.server_port}"
-        yield told, SimpleNamespace(metrics=address, process=SimpleNamespace(poll=lambda: None))
+        yield told, server_at(address)
         running.shutdown()
         thread.join()
 
@@ -107,7 +111,7 @@ def test_a_server_that_tells_nothing_is_not_waited_for(metrics):
     told, server = metrics
     told.append("Other 3.0")
     assert torchserve._in_flight(server) == 0
-    assert torchserve._in_flight(SimpleNamespace(metrics="http://127.0.0.1:9")) == 0
+    assert torchserve._in_flight(server_at("http://127.0.0.1:9")) == 0
 
 
 def test_the_drain_command_waits_for_the_names_alone(metrics, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.quality import QUALITIES
 from torchserve_explain.errors import ArchiveError, ExplainError, RequestError
 from torchserve_explain.serving import service as service_module
+from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.service import RawRequest, Service, error_answer
 from torchserve_explain.serving.settings import Settings, read_settings
 
@@ -53,7 +55,8 @@ def answers(service, *raws, classifier=None):
     tasks = [engine.add(Piece(service.answer(raw)), service.deadline(raw)) for raw in raws]
     while any(task.outcome is None for task in tasks):
         engine.step()
-    return [error_answer(task.outcome) if isinstance(task.outcome, ExplainError) else task.outcome.value for task in tasks]
+    outcomes = [task.outcome for task in tasks if task.outcome is not None]
+    return [error_answer(outcome) if isinstance(outcome, ExplainError) else outcome.value for outcome in outcomes]
 
 
 def test_a_request_whose_time_is_over_is_a_504_and_its_neighbour_is_answered(service):
@@ -63,11 +66,9 @@ def test_a_request_whose_time_is_over_is_a_504_and_its_neighbour_is_answered(ser
 
 
 def test_a_client_may_ask_for_less_time_and_not_for_more(service, monkeypatch):
-    slow = service_module.read_picture
-
     def decode(*arguments):
         time.sleep(0.3)
-        return slow(*arguments)
+        return read_picture(*arguments)
 
     monkeypatch.setattr(service_module, "read_picture", decode)
     late, fine, refused = answers(
@@ -159,7 +160,7 @@ def test_an_answer_larger_than_torchserve_can_carry_is_refused(service):
 
 def test_predictions_refuse_every_unknown_parameter_and_take_null_as_not_given(service):
     encoded = base64.b64encode(picture()).decode()
-    bodies = [{"top_k": 3, "bogus": 1}, {"bogus": 1, "top_k": 3}, {"top_k": None}]
+    bodies: list[dict[str, Any]] = [{"top_k": 3, "bogus": 1}, {"bogus": 1, "top_k": 3}, {"top_k": None}]
     found = answers(service, *(predict({"body": {"data": encoded} | body}) for body in bodies))
     assert [answer.status for answer in found] == [400, 400, 200]
     assert len(json.loads(found[2].body)) == 5
@@ -215,7 +216,12 @@ def test_a_difference_is_told_with_what_it_is_compared_with(service, score):
 
 def test_the_pass_that_predicts_answers_the_difference_too(service, monkeypatch):
     sizes, evaluate = [], service.classifier.evaluate
-    monkeypatch.setattr(service.classifier, "evaluate", lambda x, *a, **o: (sizes.append(len(x)), evaluate(x, *a, **o))[1])
+
+    def watched(inputs, *arguments, **options):
+        sizes.append(len(inputs))
+        return evaluate(inputs, *arguments, **options)
+
+    monkeypatch.setattr(service.classifier, "evaluate", watched)
     for versus in ("runner_up", "rest"):
         asked(service, method="sensitivity,grad_cam", versus=versus)
     assert sizes == [1, 1]

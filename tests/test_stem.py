@@ -111,7 +111,7 @@ def test_a_weighted_gradient_is_the_sum_of_each(model):
     found = classifier.evaluate(inputs, [0, 1, 2, 3, 0], [Score.LOGIT], gradient=True)
     torch.testing.assert_close(found.gradients, expected)
     summed = classifier.evaluate(inputs, [0, 1, 2, 3, 0], [Score.LOGIT], gradient=True, each=False)
-    assert summed.found.each is None
+    assert summed.found is not None and summed.found.each is None
     for evaluation in (found, summed):
         torch.testing.assert_close(evaluation.weighted_gradient(weights), torch.tensordot(weights, expected, 1))
         part = evaluation.slice(1, 4)
@@ -120,9 +120,9 @@ def test_a_weighted_gradient_is_the_sum_of_each(model):
 
 def test_sums_alone_go_through_the_stem_once():
     classifier = Classifier(double(Padded), NORMALIZATION, SIZE)
-    evaluation = classifier.evaluate(noise(4), [1] * 4, [Score.LOGIT], gradient=True, each=False)
-    assert evaluation.found.each is None
-    assert evaluation.found.early.shape == (4, 6, 8, 8)
+    found = classifier.evaluate(noise(4), [1] * 4, [Score.LOGIT], gradient=True, each=False).found
+    assert found is not None and found.each is None
+    assert found.early is not None and found.early.shape == (4, 6, 8, 8)
 
 
 @pytest.mark.parametrize("model", [Around, Curved, Clamped, Inverted, Centred, Tiled, Twice])
@@ -145,7 +145,8 @@ def test_a_model_without_a_convolution_has_no_stem(linear):
 )
 def test_torchvisions_stems_are_found(name, stem):
     model = get_model(name, weights=None).eval().requires_grad_(False)
-    assert find_stem(model, noise(size=(64, 64)).float()).name == stem
+    found = find_stem(model, noise(size=(64, 64)).float())
+    assert found is not None and found.name == stem
 
 
 def test_an_answer_that_the_image_does_not_reach_has_gradients_of_zero():
@@ -168,7 +169,7 @@ def test_an_answer_that_the_image_does_not_reach_has_gradients_of_zero():
 @pytest.mark.parametrize("each", [True, False])
 def test_a_layer_before_the_stem_is_read_beside_gradients(each):
     classifier = Classifier(double(Padded), NORMALIZATION, SIZE)
-    assert "pad" in classifier.spatial_layers and classifier._stem.name == "stem"
+    assert "pad" in classifier.spatial_layers and classifier._stem is not None and classifier._stem.name == "stem"
     found = classifier.evaluate(noise(3), [1] * 3, [Score.LOGIT], gradient=True, each=each, layers=["pad", "stem"])
     alone = classifier.evaluate(noise(3), [1] * 3, [Score.LOGIT], layers=["pad"])
     torch.testing.assert_close(found.layers["pad"].gradient, alone.layers["pad"].gradient)

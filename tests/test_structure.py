@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -63,6 +64,13 @@ def test_the_handler_module_defines_one_class():
     """TorchServe refuses a module with several."""
     defined = [c for _, c in inspect.getmembers(explain_handler, inspect.isclass) if c.__module__ == "explain_handler"]
     assert defined == [explain_handler.ExplainHandler]
+
+
+def test_all_but_the_tests_must_say_their_types():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    (strict,) = (one["module"] for one in settings["overrides"] if one.get("disallow_untyped_defs"))
+    assert {*strict} == {"explain_handler", *(f"{name}.*" for name in (PACKAGE.name, *TOOLS, ABOVE))}
+    assert {*settings["files"]} == {"handlers", *TOOLS, ABOVE, "tests"}
 
 
 def test_no_pickle_is_loaded():

@@ -38,8 +38,8 @@ def case_of(classifier, image, **options):
 
 
 def explained(method, case):
-    (outcome,) = Engine(case.classifier, 7).run([Job(method, case)])
-    return outcome.value
+    (found,) = Engine(case.classifier, 7).results([Job(method, case)])
+    return found.value
 
 
 def weights_of(attribution, regions):
@@ -200,7 +200,7 @@ def test_segments_cover_the_image_and_find_its_parts(classifier, image):
 def test_xrai_keeps_the_sum_and_the_cost_of_its_path(classifier, image):
     case = case_of(classifier, image)
     path = IntegratedGradients(steps=12)
-    (plain,) = Engine(classifier, 7).run([Job(path, case)])
-    (regions,) = Engine(classifier, 7).run([Job(Xrai(steps=12), case)])
+    (plain,) = Engine(classifier, 7).results([Job(path, case)])
+    (regions,) = Engine(classifier, 7).results([Job(Xrai(steps=12), case)])
     assert regions.evaluations == plain.evaluations
     assert float(regions.value.map.sum()) == pytest.approx(float(plain.value.map.sum()))

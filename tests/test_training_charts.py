@@ -39,7 +39,8 @@ def test_the_upper_axis_reaches_over_the_line_and_epochs_are_whole():
     assert ticks(0, 2, beyond=True) == pytest.approx([0, 0.5, 1, 1.5, 2]) and ticks(0, 0.99)[-1] < 0.99
     tree = ElementTree.fromstring(chart([Line("one", range(1, 3), [0.5, 0.99])], "epoch", "accuracy"))
     assert [text.text for text in tree.findall("text")] == ["0", "0.2", "0.4", "0.6", "0.8", "1", "1", "2", "epoch", "accuracy"]
-    _, (_, height) = (map(float, point.split(",")) for point in tree.find("polyline").get("points").split())
+    (line,) = tree.findall("polyline")
+    _, (_, height) = (map(float, point.split(",")) for point in line.attrib["points"].split())
     assert height == pytest.approx(HEIGHT - BOTTOM - 0.99 * (HEIGHT - BOTTOM - TOP), abs=0.06)
 
 

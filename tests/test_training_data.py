@@ -108,7 +108,10 @@ def test_a_class_that_training_does_not_know_is_refused(folder, tmp_path):
 
 def test_an_image_that_is_not_augmented_is_what_the_server_sees(folder):
     samples = read(folder).splits["train"]
-    for (inputs, label), sample in zip(Images(samples, PREPROCESSING), samples, strict=True):
+    images = Images(samples, PREPROCESSING)
+    assert len(images) == len(samples)
+    for place, sample in enumerate(samples):
+        inputs, label = images[place]
         assert label == sample.label
         assert torch.equal(inputs, read_picture(sample.path.read_bytes(), PREPROCESSING, 10**6).input[None])
 
@@ -142,7 +145,12 @@ def test_augmentation_leaves_the_random_state_as_it_was(folder):
 
 def test_an_image_is_decoded_once_for_all_its_views(folder, monkeypatch):
     decoded = []
-    monkeypatch.setattr("training.data.read_picture", lambda *given: decoded.append(1) or read_picture(*given))
+
+    def read_noted(*given):
+        decoded.append(given)
+        return read_picture(*given)
+
+    monkeypatch.setattr("training.data.read_picture", read_noted)
     images = Images(read(folder).splits["train"], PREPROCESSING, transforms.RandomAffine(40))
     decoded.clear()
     images.views = range(5)

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision import transforms
 
 import training  # noqa: F401
-from training import data
+from torchserve_explain.serving.images import read_picture
 from training.data import Images, read_folder
 from training.features import Kept, Live, Place, made_fast, read_source
 from training.networks import build, preprocessing_for
@@ -96,8 +96,13 @@ def test_images_that_every_epoch_sees_are_decoded_once(samples, tmp_path, monkey
     images = Images(samples, PREPROCESSING, augmentation)
     images.views = [2]
     expected = torch.cat([images[place][0] for place in range(4)])
-    read, decoded = data.read_picture, []
-    monkeypatch.setattr(data, "read_picture", lambda *given: decoded.append(given) or read(*given))
+    decoded = []
+
+    def read_noted(*given):
+        decoded.append(given)
+        return read_picture(*given)
+
+    monkeypatch.setattr("training.data.read_picture", read_noted)
     source = read_source(images, nn.Sequential(), Place(CPU, tmp_path / "features"), 0)
     for epoch in (1, 2):
         (batch, _) = next(source.batches([[0, 1, 2, 3]], epoch))

@@ -65,7 +65,7 @@ def test_a_recipe_explains_more_than_one_place(recipe):
         for name in settings.allowed:
             preprocessing = preprocessing_for(name, settings.size)
             classifier = Classifier(build(name, RANDOM, 4, Part.ALL).model, preprocessing.normalization, preprocessing.size)
-            grid = classifier.spatial_layers[classifier.last_layer]
+            grid = classifier.spatial_layers[classifier.grid_layer("last")]
             assert min(grid.height, grid.width) >= 4, name
 
 
@@ -170,7 +170,7 @@ def test_the_exported_direction_explains_g_itself(tmp_path):
     """The second class's logit is g less the threshold, and sensitivity is the squared norm of g's gradient."""
     (tmp_path / MODEL).write_text(direction_architecture("lite0", 1280 * 2 * 2).source)
     torch.manual_seed(0)
-    body = build("lite0", "pretrained", 2, Part.HEAD).model.features.eval()
+    body = build("lite0", "pretrained", 2, Part.HEAD).model.get_submodule("features").eval()
     model = Direction(body, 1280 * 2 * 2)
     model.direction, model.threshold = nn.functional.normalize(torch.randn(1280 * 2 * 2), dim=0), torch.tensor([0.7])
     network = build_network(MODEL, tmp_path, model.state_dict())
@@ -194,7 +194,7 @@ def test_the_direction_of_a_torchvision_backbone_is_built_without_training(tmp_p
     (tmp_path / MODEL).write_text(direction_architecture("vgg16", 512 * 7 * 7).source)
     assert "training" not in (tmp_path / MODEL).read_text().split("import")[1]
     with torch.device("meta"):
-        body = build("vgg16", RANDOM, 2, Part.HEAD).model.features
+        body = build("vgg16", RANDOM, 2, Part.HEAD).model.get_submodule("features")
         state = Direction(body, 512 * 7 * 7).state_dict()
     network = build_network(MODEL, tmp_path, {key: torch.zeros(tensor.shape) for key, tensor in state.items()})
     assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
@@ -286,7 +286,7 @@ def test_a_state_dict_of_other_classes_gets_a_new_head(tmp_path):
     torch.save(network.state_dict(), tmp_path / "lite0.pth")
     again = build("lite0", str(tmp_path / "lite0.pth"), 5, Part.HEAD).model
     assert again.get_submodule(head_of(again)).out_features == 5
-    assert torch.equal(again.features[0][1].weight, network.features[0][1].weight)
+    assert torch.equal(*(one.get_parameter("features.0.1.weight") for one in (again, network)))
     with pytest.raises(TrainingError, match="no state dict of lite0"):
         build("lite0", str(tmp_path / "w.pth"), 5, Part.HEAD)
 

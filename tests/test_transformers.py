@@ -1,5 +1,8 @@
 """Relevance through transformers: rules by replicas, networks by autograd of the literal rules, and a known answer."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from conftest import NORMALIZATION
@@ -35,8 +38,8 @@ def explained(model, method, image=None, target=TARGET):
     assert type(method).unsupported(classifier) is None
     image = images()[0] if image is None else image
     score = float(classifier.logits(image[None])[0, target])
-    (outcome,) = Engine(classifier, 4).run([Job(method, Case(classifier, image, target, known_score=score))])
-    return outcome.value, score
+    (found,) = Engine(classifier, 4).results([Job(method, Case(classifier, image, target, known_score=score))])
+    return found.value, score
 
 
 def relevance(body, x, output_relevance, attention=True):
@@ -211,8 +214,8 @@ def test_rows_of_a_pass_are_as_if_alone(name):
     classifier = Classifier(randomised(NETWORKS[name]), NORMALIZATION, SIZE)
     cases = [Case(classifier, image, target, known_score=1.0) for target, image in enumerate(images(3))]
     jobs = [Job(LayerwiseRelevance(attention=attention), case) for attention in Attention for case in cases]
-    together = [outcome.value.map for outcome in Engine(classifier, 16).run(jobs)]
-    alone = [Engine(classifier, 1).run([job])[0].value.map for job in jobs]
+    together = [found.value.map for found in Engine(classifier, 16).results(jobs)]
+    alone = [Engine(classifier, 1).results([job])[0].value.map for job in jobs]
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9 * float(other.abs().max()))
 
@@ -246,21 +249,25 @@ def by_hand(model, x, mask=None):
     return model.out((weights if mask is None else weights + mask).softmax(-1) @ v)
 
 
+def fused(model, x, *mask, **options):
+    return model.out(functional.scaled_dot_product_attention(*model.qkv(x), *mask, **options))
+
+
+def scaled(model, x):
+    q, k, v = model.qkv(x)
+    return model.out(functional.scaled_dot_product_attention(q / 3, k, v, scale=1.5))
+
+
 CAUSAL = torch.full((16, 16), -torch.inf, dtype=torch.float64).triu(1)
-FORMS = {
-    "fused": (lambda m, x: m.out(functional.scaled_dot_product_attention(*m.qkv(x))), None),
+FORMS: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor | None]] = {
+    "fused": (fused, None),
     "a module": (lambda m, x: m.attention(x, x, x, need_weights=False)[0], None),
     "a module with weights": (lambda m, x: m.attention(x, x, x)[0], None),
-    "causal": (lambda m, x: m.out(functional.scaled_dot_product_attention(*m.qkv(x), is_causal=True)), CAUSAL),
-    "masked": (lambda m, x: m.out(functional.scaled_dot_product_attention(*m.qkv(x), attn_mask=CAUSAL)), CAUSAL),
+    "causal": (partial(fused, is_causal=True), CAUSAL),
+    "masked": (partial(fused, attn_mask=CAUSAL), CAUSAL),
     "a masked module": (lambda m, x: m.attention(x, x, x, need_weights=False, attn_mask=CAUSAL < 0)[0], CAUSAL),
-    "mask of truths": (lambda m, x: m.out(functional.scaled_dot_product_attention(*m.qkv(x), CAUSAL == 0)), CAUSAL),
-    "scaled": (
-        lambda m, x: m.out(
-            functional.scaled_dot_product_attention(*(t / (3, 1, 1)[i] for i, t in enumerate(m.qkv(x))), scale=1.5)
-        ),
-        None,
-    ),
+    "mask of truths": (lambda m, x: fused(m, x, CAUSAL == 0), CAUSAL),
+    "scaled": (scaled, None),
 }
 
 
@@ -324,7 +331,7 @@ def by_patch(trained, method):
     scores = classifier.logits(inputs).gather(1, classes[:, None])[:, 0].tolist()
     drawn = zip(inputs, classes.tolist(), scores, strict=True)
     jobs = [Job(method, Case(classifier, image, target, known_score=score)) for image, target, score in drawn]
-    maps = torch.stack([outcome.value.map.sum(0) for outcome in Engine(classifier, 32).run(jobs)])
+    maps = torch.stack([found.value.map.sum(0) for found in Engine(classifier, 32).results(jobs)])
     return maps.unfold(1, 8, 8).unfold(2, 8, 8).sum((3, 4)).flatten(1)
 
 

@@ -166,6 +166,7 @@ def test_qualities_are_those_of_the_difference(classifier, image):
         for one in (case, case_of(classifier, image, None))
     )
     logits = classifier.logits(image[None])[0]
+    assert curve is not None and plain is not None
     assert curve[0] == pytest.approx(float(logits[[TARGET, OTHER]].softmax(0)[0]), rel=1e-5)
     assert plain[0] == pytest.approx(float(logits.softmax(0)[TARGET]), rel=1e-5)
 

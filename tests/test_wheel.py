@@ -67,4 +67,4 @@ def test_the_wheel_archives_serves_and_explains(installed, environment, tmp_path
         assert "ExplainEvaluations{" in httpx.get(f"{environment['TS_METRICS_ADDRESS']}/metrics").text
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0 and server.stdout.read().rstrip().endswith("stopped")
+        assert server.wait(60) == 0 and server.stdout and server.stdout.read().rstrip().endswith("stopped")

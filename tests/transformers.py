@@ -1,5 +1,7 @@
 """Small transformers with random parameters, and one that is trained on a task whose answer is known."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -47,7 +49,7 @@ def randomised(build, biases=True):
                 parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.3 if biases else 0)
+                module.get_buffer("running_mean").normal_(0, 0.3 if biases else 0)
     return model
 
 
@@ -60,7 +62,7 @@ class Literal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        x = args[0] if args else None
+        x: Any = args[0] if args else None
         match func.__name__:
             case "gelu" | "silu" | "relu" | "sigmoid" | "tanh" | "hardswish" if x.requires_grad:
                 return x * (func(x.detach().clone(), *args[1:]) / x.detach()).nan_to_num()

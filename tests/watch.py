@@ -71,19 +71,19 @@ class Watcher:
     def __init__(self, address: str):
         self.address = address
 
-    def query(self, query: str) -> list[dict]:
+    def query(self, query: str) -> list[dict[str, Any]]:
         answer = httpx.get(f"{self.address}/api/v1/query", params={"query": query}, timeout=20).json()
         assert answer["status"] == "success", answer
-        return answer["data"]["result"]
+        return list(answer["data"]["result"])
 
     def values(self, query: str, since: float) -> list[list[float]]:
         """Return each series of a query from a time on, a value a second."""
-        told = {"query": query, "start": since, "end": time.time(), "step": 1}
+        told: dict[str, str | float] = {"query": query, "start": since, "end": time.time(), "step": 1}
         answer = httpx.get(f"{self.address}/api/v1/query_range", params=told, timeout=20).json()
         assert answer["status"] == "success", answer
         return [[float(value) for _, value in series["values"]] for series in answer["data"]["result"]]
 
-    def wait(self, query: str, seconds: float = 60) -> list[dict]:
+    def wait(self, query: str, seconds: float = 60) -> list[dict[str, Any]]:
         """Wait until a query has a result."""
         end = time.monotonic() + seconds
         while not (found := self.query(query)):
@@ -161,7 +161,7 @@ class Composed:
         while True:
             (one,) = httpx.get(f"{self.server.management}/models/small", headers=keys).json()[0]["workers"]
             if one["status"] == "READY" and one["pid"] != killed:
-                return one["pid"]
+                return int(one["pid"])
             time.sleep(0.2)
 
 
@@ -180,4 +180,4 @@ def composed(folder: Path):
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+        return int(free.getsockname()[1])

@@ -128,7 +128,7 @@ class Explanation:
     def used(self) -> dict[str, object]:
         """Return the parameters that made this map, as the method took them."""
         method = self.job.method
-        own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+        own = {f.name: getattr(method, f.name) for f in fields(method)}
         if own.get("steps") is not None:
             own |= {"max_error": None, "max_map_error": None}
         if own.get("rule") is PathRule.RIEMANN:  # reported only where it is the other: a default answer stays as it was

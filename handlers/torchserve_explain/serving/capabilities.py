@@ -40,7 +40,7 @@ def capability_report(
 
 def _method(name: str) -> dict[str, Any]:
     method = METHODS[name]
-    own = fields(method)  # type: ignore[arg-type]
+    own = fields(method)
     return {
         "name": name,
         "family": method.family,
@@ -60,7 +60,7 @@ def first_sentence(documented: type) -> str:
 def _parameters(defaults: Parameters) -> dict[str, dict[str, Any]]:
     """Describe each parameter; a general one belongs to no method, and one `with` another needs that one set."""
     values = defaults.model_dump(mode="json")
-    methods = {field.name for method in METHODS.values() for field in fields(method)}  # type: ignore[arg-type]
+    methods = {field.name for method in METHODS.values() for field in fields(method)}
     smoothing = {field.name for field in fields(Smoothing)}
     return {
         name: _range(info)

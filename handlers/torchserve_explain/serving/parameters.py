@@ -101,7 +101,7 @@ class Parameters(BaseModel):
     def methods(self, name: str) -> list[Method]:
         """Return the named method with these parameters: one, or one for each layer where it has a layer."""
         kind = METHODS[name]
-        own = {f.name: getattr(self, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+        own = {f.name: getattr(self, f.name) for f in fields(kind)}
         chosen = {key: value for key, value in own.items() if value is not None}
         if (smoothing := self.smoother()) is not None:  # samples and stdev mean the same inside and outside
             chosen |= {key: getattr(smoothing, key) for key in own if key in ("samples", "stdev")}
@@ -131,7 +131,7 @@ def _field(parameter: Any) -> tuple[Any, Any]:
 
 def _of_methods() -> dict[str, Any]:
     """Return the fields of all methods, each name once."""
-    found = {field.name: field.type for method in METHODS.values() for field in fields(method)}  # type: ignore[arg-type]
+    found = {field.name: field.type for method in METHODS.values() for field in fields(method)}
     return {name: _field(kind) for name, kind in found.items() if name not in Parameters.model_fields}
 
 

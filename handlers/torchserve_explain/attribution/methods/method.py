@@ -173,6 +173,7 @@ class Case:
         return replace(self, input=noisy_input, known_score=nan, copy=(*self.copy, index))
 
 
+@dataclass(frozen=True)
 class Method:
     """A technique of attribution; its dataclass fields are the parameters that a client may choose."""
 
