@@ -77,7 +77,7 @@ setup: .venv/ready  ## requirements, this project, and a Java runtime where the 
 .venv-servers/ready: .venv/ready requirements-servers.txt
 	@echo "installing KServe and Ray into .venv-servers (a minute the first time)"
 	@$(PYTHON) -m venv .venv-servers
-	@$(RUN) -c "$(SITE_PACKAGES)" > "$$($(SERVERS) -c "$(SITE_PACKAGES)")/beneath.pth"
+	@echo "import site; site.addsitedir('$$($(RUN) -c "$(SITE_PACKAGES)")')" > "$$($(SERVERS) -c "$(SITE_PACKAGES)")/beneath.pth"
 	@.venv-servers/bin/pip install -q --disable-pip-version-check -r requirements-servers.txt
 	@touch $@
 

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_the_gate_measures_what_fell_a_second_time_before_it_tells():
     assert "1.50x, was 2.00x" in told and "again" in told and "1.40x" in told
     (told,) = gate.confirmed([line(1.1, "zennit")], before, again(2.1, 1.0))
     assert "at least 1.20x" in told
-    assert gate.confirmed([line(2.0)], before, pytest.fail) == []
+    assert gate.confirmed([line(2.0)], before, lambda *contest: pytest.fail(f"{contest} is measured again")) == []
 
 
 def test_the_committed_gate_has_a_least_ratio_for_each_quick_contest():
@@ -182,7 +183,7 @@ def test_a_missing_compiler_is_told():
 def test_the_compiled_floor_runs_a_works_rows_and_none_beyond(work, batch, monkeypatch):
     ran = []
     monkeypatch.setattr(floor, "compiled_gradient", lambda *_: lambda rows: ran.append(len(rows)))
-    given = SimpleNamespace(classifier=SimpleNamespace(_model=None), images=torch.zeros(batch, 3, 2, 2), targets=[0])
+    given: Any = SimpleNamespace(classifier=SimpleNamespace(_model=None), images=torch.zeros(batch, 3, 2, 2), targets=[0])
     assert floor.compiled_gradient_run(work, given, None)().rows == sum(ran) == floor.rows_of(work, given)
     assert max(ran) <= 16
 
@@ -241,7 +242,7 @@ def test_the_servers_table_tells_each_handler_beside_the_stock_one():
 
 def test_one_part_of_the_servers_bench_leaves_the_other_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "ROOT", tmp_path)
-    monkeypatch.setattr(server.machine, "describe", lambda _: {"threads": "1"})
+    monkeypatch.setattr(machine, "describe", lambda _: {"threads": "1"})
     monkeypatch.setattr(
         server, "measured", lambda kind, part, _: [served(kind, 1, name, 2.0) for name in (*part.configs, "stock")]
     )

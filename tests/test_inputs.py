@@ -214,7 +214,9 @@ def test_a_live_server_reads_as_the_archive_says_and_compares_with_its_reference
         answer = httpx.post(f"{server.inference}/explanations/own", files={"data": data}, data=fields, timeout=120)
         told = answer.json()
         assert answer.status_code == 200, told
-        logits = loaded.classifier.logits(torch.cat([read[None], loaded.classifier.references.inputs]))
+        references = loaded.classifier.references
+        assert references is not None
+        logits = loaded.classifier.logits(torch.cat([read[None], references.inputs]))
         top = told["predicted"]["index"]
         path, hidden = told["explanations"]
         assert path["target"]["score"] == pytest.approx(float(logits[0, top]), rel=1e-4)
