@@ -11,6 +11,7 @@ import torch
 from live import SMALL_LABELS, build_small, picture
 from PIL import Image
 
+from torchserve_explain import records
 from torchserve_explain.archiver import load_archive
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
@@ -413,3 +414,14 @@ def test_a_broken_archive_is_told(store, labelled, tmp_path, capsys):
 
 def test_without_methods_the_archives_own_explains(store):
     assert list(question.ask(load_archive("small", store), None, "predicted", {}).methods) == ["integrated_gradients"]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, ["1/3", "2/3", "3/3", "3/3"]), (3600.0, ["1/3", "3/3"])])
+def test_where_there_is_no_terminal_a_line_now_and_then_tells_how_far_it_is(monkeypatch, capsys, seconds, told):
+    monkeypatch.setattr(records, "EVERY", seconds)
+    with records.progress() as shown:
+        bar = shown.add_task("explaining", total=3)
+        for _ in range(3):
+            shown.advance(bar)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(told) and all(part in line for part, line in zip(told, lines, strict=True))

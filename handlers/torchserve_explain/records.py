@@ -2,26 +2,42 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torchserve_explain.errors import ArchiveError
 from torchserve_explain.serving.images import FORMATS
 
 SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 
+EVERY = 30.0  # seconds between two lines where there is no terminal
+
 Record = dict[str, Any]
+
+
+class _Lines(Progress):
+    """A bar that says how far it is in a line now and then, where there is no terminal to draw on."""
+
+    _told = -EVERY
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Advance a task."""
+        super().advance(task_id, advance)
+        if not self.console.is_terminal and time.monotonic() - self._told >= EVERY:
+            self._told = time.monotonic()
+            self.console.print(*self.get_renderables())
 
 
 def progress() -> Progress:
     """Return a bar that tells what is at work, how far it is, and for how long."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns)
+    return _Lines(*columns)
 
 
 def read_records(path: Path) -> list[Record]:
