@@ -44,8 +44,8 @@ def contestants(work: str) -> list[Contestant]:
     found = [Contestant("ours", ours.prepare, tuned=True)]
     if work in FORWARD_ROWS or work in CAMS:
         found.append(Contestant("ours, bfloat16", ours.prepare_narrow, tuned=True))
-    if work in FORWARD_ROWS:
         found.append(Contestant("ours, torch", ours.prepare_torch, tuned=True))
+    if work in FORWARD_ROWS:
         found.append(Contestant("floor, compiled", compiled_run, tuned=True))
     if work in (*CAPTUM, *ours.SENSITIVITIES, ours.WITHIN, "five methods"):
         found.append(Contestant("captum", captum_run, tuned=False))

@@ -81,7 +81,7 @@ def test_the_committed_gate_has_a_least_ratio_for_each_quick_contest():
 def test_a_contest_has_the_engine_first_and_a_floor_where_there_is_one():
     names = {work: [contestant.name for contestant in contestants(work)] for work in (*WORKS, *SENSITIVITIES)}
     assert all(found[0] == "ours" and len(found) > 1 for found in names.values())
-    assert names["grad_cam"] == ["ours", "ours, bfloat16", "captum", "captum, tuned", "pytorch-grad-cam"]
+    assert names["grad_cam"] == ["ours", "ours, bfloat16", "ours, torch", "captum", "captum, tuned", "pytorch-grad-cam"]
     assert names["occlusion"][1:4] == ["ours, bfloat16", "ours, torch", "floor, compiled"]
     assert names["lrp"][-1] == "zennit"
     assert names["integrated_gradients, 50 steps"][-2:] == ["floor", "floor, compiled"]

@@ -288,7 +288,7 @@ def test_folding_that_changes_the_answer_is_undone(monkeypatch):
         model.head.weight += 1
         return 3
 
-    monkeypatch.setattr("torchserve_explain.attribution.classifier.fold_layers", broken)
+    monkeypatch.setattr("torchserve_explain.attribution.preparation.fold_layers", broken)
     model = Answering(lambda m, x: m.layers[0](x), nn.Conv2d(3, 6, 3))
     classifier = Classifier(model, NORMALIZATION, (16, 16))
     x = torch.randn(1, 3, 16, 16)
