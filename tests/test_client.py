@@ -50,6 +50,14 @@ def answering(*responses, **options):
     return Client("http://server", model="small", transport=httpx.MockTransport(answer), **options), got
 
 
+def test_how_many_classes_are_told_is_the_servers_choice_unless_it_is_asked_for():
+    """A classifier of three classes refuses five."""
+    client, got = answering(*(httpx.Response(200, json={"cat": 0.9}) for _ in range(2)))
+    client.predict(IMAGE)
+    client.predict(IMAGE, top_k=2)
+    assert [b"top_k" in request.content for request in got] == [False, True]
+
+
 # A live server
 
 

@@ -49,8 +49,8 @@ class _Questions:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._options = {"base_url": url, "timeout": timeout, "headers": headers, **options}
 
-    def _prediction(self, image: Photo, top_k: int) -> dict[str, Any]:
-        return {"url": f"/predictions/{self._place}", **_content(image, {"top_k": top_k})}
+    def _prediction(self, image: Photo, top_k: int | None) -> dict[str, Any]:
+        return {"url": f"/predictions/{self._place}", **_content(image, {} if top_k is None else {"top_k": top_k})}
 
     def _explanation(self, image: Photo, parameters: Mapping[str, object]) -> dict[str, Any]:
         if "output" in parameters:
@@ -66,8 +66,8 @@ class Client(_Questions):
         with _server_errors(url):
             self._http = httpx.Client(**self._options)
 
-    def predict(self, image: Photo, top_k: int = 5) -> Prediction:
-        """Return the most probable classes."""
+    def predict(self, image: Photo, top_k: int | None = None) -> Prediction:
+        """Return the most probable classes: `top_k` of them, or as many as the server tells unasked (five, or all of fewer)."""
         return _read(Prediction, self._ask(self._prediction(image, top_k)))
 
     def explain(self, image: Photo, *, values: bool = True, **parameters: object) -> ExplainedImage:
@@ -105,8 +105,8 @@ class AsyncClient(_Questions):
         with _server_errors(url):
             self._http = httpx.AsyncClient(**self._options)
 
-    async def predict(self, image: Photo, top_k: int = 5) -> Prediction:
-        """Return the most probable classes."""
+    async def predict(self, image: Photo, top_k: int | None = None) -> Prediction:
+        """Return the most probable classes: `top_k` of them, or as many as the server tells unasked (five, or all of fewer)."""
         return _read(Prediction, await self._ask(await asyncio.to_thread(self._prediction, image, top_k)))
 
     async def explain(self, image: Photo, *, values: bool = True, **parameters: object) -> ExplainedImage:
