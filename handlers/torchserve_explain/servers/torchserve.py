@@ -62,9 +62,9 @@ class Server:
 def serving(names: Sequence[str], store: Path, environment: Mapping[str, str], run: Path) -> Iterator[Server]:
     """Serve archives with config.properties and the relaxations of a local try; stop when the context is left.
 
-    `environment` may hold any TS_* variable; logs go to `run`. Raises ServerError. TorchServe resets
-    its connections at once however it is stopped, so it is stopped only when no request is in flight, or after
-    DRAIN_SECONDS; requests that arrive meanwhile are taken.
+    `environment` may hold any TS_* variable; logs go to `run`. Raises ServerError. TorchServe resets its connections at once
+    however it is stopped, so it is stopped only when no request is in flight, or after DRAIN_SECONDS; requests that arrive
+    meanwhile are taken.
     """
     settings = ADDRESSES | RELAXED | {"TS_METRICS_CONFIG": str(packaged("deploy") / "metrics.yaml")} | dict(environment)
     _check_loopback(settings)
