@@ -17,12 +17,13 @@ from transformers import NETWORKS, SIDE, randomised
 from torchserve_explain import runtimes
 from torchserve_explain.attribution import classifier as module
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.compiled import Compiled, Pays, openvino_version, tried
+from torchserve_explain.attribution.compiled import Compiled, openvino_version
 from torchserve_explain.attribution.computation import Piece
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.job import Job
 from torchserve_explain.attribution.methods import METHODS, Case
 from torchserve_explain.attribution.rows import Form, Rows, Score
+from torchserve_explain.attribution.trial import Pays, tried
 from torchserve_explain.serving.settings import read_settings
 
 if openvino_version() is None:
@@ -218,7 +219,7 @@ def test_it_is_used_where_it_is_faster_by_a_tenth(monkeypatch, seconds, pays):
     def taking(length):
         return lambda x: (now.__setitem__(0, now[0] + length * len(x)), x.flatten(1))[1]
 
-    monkeypatch.setattr("torchserve_explain.attribution.compiled.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchserve_explain.attribution.trial.time.monotonic", lambda: now[0])
     module, compiled = map(taking, seconds)
     assert tried(module, compiled, picture(), 1e9, None) == pays
     with pytest.raises(ValueError, match="takes longer than startup may"):
@@ -254,26 +255,26 @@ def tries(monkeypatch, tmp_path):
 
 def test_what_was_measured_is_remembered_for_this_archive_and_processor(tries, pair, monkeypatch, tmp_path):
     for digest in ("one", "one", "other"):
-        runtimes.choose_runtime(pair[1], settings(), digest)
-    monkeypatch.setattr(runtimes, "processor", lambda: "another")
-    runtimes.choose_runtime(pair[1], settings(), "one")
+        runtimes.choose_runtimes(pair[1], settings(), digest)
+    monkeypatch.setattr(runtimes, "processor", lambda *_: "another")
+    runtimes.choose_runtimes(pair[1], settings(), "one")
     assert tries == [None, Pays(True, False), None, None]
     (tmp_path / "torchserve-explain" / "runtimes.json").write_text('["no mapping"]')
-    runtimes.choose_runtime(pair[1], settings(), "one")
+    runtimes.choose_runtimes(pair[1], settings(), "one")
     assert tries[4:] == [None]
 
 
 def test_where_nothing_can_be_written_it_is_measured_each_time(tries, pair, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     for _ in range(2):
-        runtimes.choose_runtime(pair[1], settings(), "one")
+        runtimes.choose_runtimes(pair[1], settings(), "one")
     assert tries == [None, None]
 
 
 def test_an_archive_may_keep_to_pytorch_and_one_without_openvino_does(tries, pair, monkeypatch):
-    runtimes.choose_runtime(pair[1], settings(runtime="torch"), "one")
+    runtimes.choose_runtimes(pair[1], settings(runtime="torch"), "one")
     monkeypatch.setattr(runtimes, "openvino_version", lambda: None)
-    runtimes.choose_runtime(pair[1], settings(), "one")
+    runtimes.choose_runtimes(pair[1], settings(), "one")
     assert not tries
     with pytest.raises(ValueError, match=r"explanations\.runtime: Input should be 'auto' or 'torch'"):
         settings(runtime="onnx")
@@ -287,7 +288,7 @@ def test_nothing_that_pays_is_not_compiled_again(pair, monkeypatch):
 def test_the_photo_is_made_for_the_model(pair, monkeypatch):
     shapes = []
     monkeypatch.setattr(Classifier, "compile", lambda _self, photo, *_: shapes.append(photo.shape))
-    runtimes.choose_runtime(pair[1], settings(), "photo")
+    runtimes.choose_runtimes(pair[1], settings(), "photo")
     assert shapes == [(3, *SIZE)]
 
 

@@ -74,6 +74,17 @@ def test_long_requests_do_not_interrupt_and_short_ones_share_passes_with_their_l
     assert sizes[0] == 3 and sum(sizes[1:]) == 7  # the two short ones; the long one's and the one that had arrived
 
 
+def test_short_requests_do_not_interrupt_a_pass_of_their_like(classifier, image):
+    """Those that came first are answered first, and who comes meanwhile shares the next pass."""
+    sizes, order = watched_passes(classifier), []
+    note = lambda name: lambda _start, _evaluation: order.append(name)  # noqa: E731
+    arriving = Arriving(classifier, 4, *(Piece(asking(image, 1, consume=note("later"))) for _ in range(3)))
+    arriving.engine.run([Piece(asking(image, 1, consume=note("first"))) for _ in range(2)])
+    assert order == ["first", "first"]
+    arriving.engine.step()
+    assert order == ["first", "first", "later", "later", "later"] and sizes == [2, 3]
+
+
 def test_an_interrupted_pass_gets_its_share_of_the_time(classifier, image):
     """Short requests without end do not starve the pass that they interrupt."""
     now, evaluated = ticking(1.0, classifier), []

@@ -19,7 +19,9 @@ from torchserve_explain.attribution.methods.cam import GradCam, LayerCam
 from torchserve_explain.attribution.methods.gradient import Sensitivity
 from torchserve_explain.attribution.methods.guided import GuidedGradCam
 from torchserve_explain.attribution.methods.path import IntegratedGradients
-from torchserve_explain.attribution.rows import Score
+from torchserve_explain.attribution.rows import Form, Rows, Score
+from torchserve_explain.attribution.trial import Pays
+from torchserve_explain.runtimes import choose_runtimes
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import read_settings
 
@@ -121,5 +123,51 @@ def test_an_archive_chooses_its_arithmetic(tmp_path, monkeypatch, caplog):
 
 
 def test_another_arithmetic_is_refused():
-    with pytest.raises(ValueError, match=r"explanations\.arithmetic: Input should be 'float32' or 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"explanations\.arithmetic: Input should be 'float32', 'bfloat16' or 'auto'"):
         read_settings({"classifier": {"architecture": "resnet18"}, "explanations": {"arithmetic": "int8"}})
+
+
+@pytest.mark.parametrize(("faster", "used"), [((True, True), (4, 1)), ((False, True), (4,)), ((False, False), ())])
+def test_auto_takes_narrow_arithmetic_where_it_is_faster(monkeypatch, faster, used):
+    classifier = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
+    asked = iter(faster)
+    monkeypatch.setattr("torchserve_explain.attribution.trial._pays", lambda *_: next(asked))
+    assert classifier.weigh_narrow(NORMALIZATION(torch.rand(3, *SIZE)), 16, 600) == Pays(*faster)
+    rows = {count: Rows(count, lambda *_: torch.empty(0), lambda *_: None, gradient=False) for count in (4, 1)}
+    assert tuple(count for count, wanted in rows.items() if classifier.form(wanted) is Form.NARROW) == used
+    assert classifier.narrow is (torch.bfloat16 if used else None)
+
+
+def test_auto_stays_wide_where_the_maps_are_others(caplog):
+    classifier = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
+    picture, narrow = NORMALIZATION(torch.rand(3, *SIZE)), classifier._narrow
+    assert classifier.weigh_narrow(picture, 16, 600, Pays(True, True)) == Pays(True, True)
+    assert narrow is not None
+    narrow.register_forward_hook(lambda _module, _inputs, logits: logits + torch.rand_like(logits))
+    assert classifier.weigh_narrow(picture, 16, 600, Pays(True, True)) is None
+    assert classifier.narrow is None and "its maps differ" in caplog.text
+
+
+def test_what_auto_measured_is_remembered_beside_what_it_was_measured_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known: list[Pays | None] = []
+
+    def noted(*arguments):
+        known.append(arguments[4])
+        return Pays(True, False)
+
+    monkeypatch.setattr(Classifier, "weigh_narrow", noted)
+    classifier, settings = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16), stage(tmp_path, "auto")
+    torch_alone = settings.explanations.model_copy(update={"runtime": "torch"})
+    for explanations in (torch_alone, torch_alone, settings.explanations):
+        choose_runtimes(classifier, settings.model_copy(update={"explanations": explanations}), "one")
+    assert known == [None, Pays(True, False), None]
+    choose_runtimes(classifier, stage(tmp_path, "bfloat16"), "one")
+    assert len(known) == 3 and classifier.narrow is torch.bfloat16
+
+
+def test_auto_is_bfloat16_only_where_the_processor_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchserve_explain.archive._has_bfloat16", lambda _device: False)
+    assert load_classifier(tmp_path, stage(tmp_path, "auto"), "cpu", SIZE).narrow is None
+    monkeypatch.setattr("torchserve_explain.archive._has_bfloat16", lambda _device: True)
+    assert load_classifier(tmp_path, stage(tmp_path, "auto"), "cpu", SIZE).narrow is torch.bfloat16

@@ -21,7 +21,7 @@ from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.errors import ArchiveError, RequestError
 from torchserve_explain.network import build_network, read_labels, run_module
-from torchserve_explain.runtimes import choose_runtime
+from torchserve_explain.runtimes import choose_runtimes
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Prepare, Settings, read_settings
 
@@ -70,7 +70,7 @@ class Archive:
             names = labels or [str(index) for index in range(classifier.classes)]
             digest = digest_of(folder)
             if compiles:
-                choose_runtime(classifier, settings, digest)
+                choose_runtimes(classifier, settings, digest)
             return cls(classifier, names, settings, digest, _version(folder))
 
     def classes(self, label: str | None) -> list[int]:
@@ -87,7 +87,8 @@ def load_classifier(
     except (SafetensorError, OSError) as error:
         raise ArchiveError(f"{WEIGHTS} cannot be read: {error}") from None
     network = build_network(settings.classifier.architecture, folder, state)
-    low = torch.bfloat16 if settings.explanations.arithmetic == "bfloat16" and _has_bfloat16(device) else None
+    narrow = settings.explanations.arithmetic != "float32" and _has_bfloat16(device)
+    low = torch.bfloat16 if narrow else None
     try:
         head = settings.classifier.head
         return Classifier(network, settings.preprocessing.normalization, size, device, low, head, labels)

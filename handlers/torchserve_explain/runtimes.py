@@ -1,4 +1,4 @@
-"""Which runtime an archive's passes have on this machine: tried when it is loaded, and remembered."""
+"""Which runtimes and arithmetic an archive's passes have on this machine: tried when it is loaded, and remembered."""
 
 import json
 import logging
@@ -11,40 +11,50 @@ import torch
 
 from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.compiled import Pays, openvino_version
+from torchserve_explain.attribution.compiled import openvino_version
+from torchserve_explain.attribution.trial import Pays
 from torchserve_explain.errors import RequestError
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import Settings
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 PHOTO = files("skimage") / "data" / "coffee.png"
 
 
-def choose_runtime(classifier: Classifier, settings: Settings, digest: str) -> None:
-    """Let a classifier's passes be compiled where its archive allows it, OpenVINO is installed, and that pays here.
+def choose_runtimes(classifier: Classifier, settings: Settings, digest: str) -> None:
+    """Let a classifier's passes be compiled, and in narrower arithmetic, where its archive allows it and it pays here.
 
     What was measured is kept beside the archive's digest, the processor and the versions, and not measured again.
     """
-    installed, limits = openvino_version(), settings.explanations.limits
-    if settings.explanations.runtime == "torch" or installed is None or classifier.device.type != "cpu":
+    explanations, installed = settings.explanations, openvino_version()
+    compiles = explanations.runtime == "auto" and installed is not None and classifier.device.type == "cpu"
+    weighs = explanations.arithmetic == "auto" and classifier.narrow is not None
+    if not compiles and not weighs:
         return
     size = classifier.example.shape[-2:]
-    versions = f"torch {torch.__version__}, openvino {installed}, torchserve-explain {__version__}"
-    key = f"{digest}, {tuple(size)}, {processor()}, {torch.get_num_threads()} threads, {versions}"
-    kept = _kept()
     try:
         photo = _photo(settings, size)
     except RequestError as reason:  # the user's own preprocess.py may refuse it
         log.warning("passes stay PyTorch's: the packaged photo cannot be prepared: %s", reason)
         return
-    pays = classifier.compile(photo, limits.pack, settings.startupTimeout / 2, kept.get(key))
-    if pays is not None and key not in kept:
-        _keep(_kept() | {key: pays})  # others may have written meanwhile
-    log.info("runtimes: %s", classifier.runtimes)
+    versions = f"torch {torch.__version__}, openvino {installed}, torchserve-explain {__version__}"
+    key = f"{digest}, {tuple(size)}, {processor(classifier.device)}, {torch.get_num_threads()} threads, {versions}"
+    trials = [(key, classifier.compile)] if compiles else []
+    if weighs:
+        trials.append((f"{key}, {classifier.narrow} beside {explanations.runtime}", classifier.weigh_narrow))
+    for name, trial in trials:
+        known = _kept().get(name)
+        pays = trial(photo, explanations.limits.pack, settings.startupTimeout / 2 / len(trials), known)
+        if pays is not None and known is None:
+            _keep(_kept() | {name: pays})  # others may have written meanwhile
+    log.info("runtimes: %s, arithmetic %s", classifier.runtimes, classifier.narrow or classifier.dtype)
 
 
-def processor() -> str:
-    """Return the processor's name."""
+def processor(device: torch.device = CPU) -> str:
+    """Return the name of the processor that a device is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

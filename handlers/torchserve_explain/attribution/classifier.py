@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.capture import captured, gradients_at
-from torchserve_explain.attribution.compiled import COMPILER, EQUAL, Compiled, Pays, tried
+from torchserve_explain.attribution.compiled import COMPILER, Compiled
 from torchserve_explain.attribution.functions import operations
 from torchserve_explain.attribution.heads import Head, fit_head
 from torchserve_explain.attribution.interruption import interrupted, is_independent, sharing_copy
 from torchserve_explain.attribution.layers import Grid, find_spatial_layers
-from torchserve_explain.attribution.preparation import alike, folded, narrow_copy
+from torchserve_explain.attribution.preparation import alike, check_rows, folded, in_packs, narrow_copy, noisy_pixels
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Form, Gradients, Layer, Rows, Score, Versus
 from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
+from torchserve_explain.attribution.trial import EQUAL, Pays, tried, unlike
 from torchserve_explain.errors import Unsupported
 
 log = logging.getLogger(__name__)
@@ -77,20 +78,21 @@ class Classifier:
     ) -> None:
         self.device = torch.device(device)
         self.normalization = normalization
-        self._model, self.folded = folded(model, self._noise(normalization, size))
+        noise = normalization(noisy_pixels(len(normalization.mean), size))
+        self._model, self.folded = folded(model, noise)
         self._model.to(self.device).to(memory_format=torch.channels_last)
         self.dtype = next((p.dtype for p in self._model.parameters()), torch.float32)
         self.example = torch.zeros(1, len(normalization.mean), *size, device=self.device, dtype=self.dtype)
         self.head = fit_head(self._model, self.example, head, labels)
         self.classes = self.logits(self.example).shape[1]
-        self._check_rows()
+        check_rows(self.logits, noise)
         self.compiled: Compiled | None = None
-        self.pays = Pays(one=False, many=False)
+        self.pays, self.narrow_pays = Pays(one=False, many=False), Pays(one=True, many=True)
         self._narrow = None if narrow is None else narrow_copy(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
-        self._stem = find_stem(self._model, self._placed(self._noise(normalization, size)))
+        self._stem = find_stem(self._model, self._placed(noise))
         self.spatial_layers: dict[str, Grid] = find_spatial_layers(self._model, self.example)
-        self.spatial_layers = self._layers_with_gradient()
+        self.spatial_layers = self._layers_with_gradient(noise[:1])
         self.operations = operations(self._model, self.example)
         self._changed = _changes(self._model)
         self.references: References | None = None
@@ -136,14 +138,10 @@ class Classifier:
         if known == Pays(one=False, many=False):
             return known
         deadline = time.monotonic() + seconds
-
-        def module(rows: Tensor) -> Tensor:
-            return torch.cat([self.logits(part) for part in torch.split(rows, pack)])
-
         try:
             model = sharing_copy(self._model)  # it may keep what it is traced with
             compiled = Compiled(model, self.example, self.last_layer)
-            pays = tried(module, compiled, picture, deadline, known)
+            pays = tried(lambda rows: in_packs(self.logits, rows, pack), compiled, picture, deadline, known)
             self.compiled = compiled if pays.one or pays.many else None
             self._check_layer(picture[None])
         except Exception as error:  # it is the user's own forward that is traced here
@@ -152,6 +150,31 @@ class Classifier:
             log.warning("passes stay PyTorch's: the model is not compiled: %s", reason)
             return None
         self.pays = pays
+        return pays
+
+    def weigh_narrow(self, picture: Tensor, pack: int, seconds: float, known: Pays | None = None) -> Pays | None:
+        """Keep narrow arithmetic where it is faster than what else runs; return for which rows that is.
+
+        It is tried as `compile` tries. None where its maps are others, or it takes more seconds to find out; the log says so.
+        """
+        if self._narrow is None:
+            return None
+
+        def wide(rows: Tensor) -> Tensor:
+            compiled = self.compiled if self.pays.of(len(rows)) else None
+            return in_packs(compiled or self.logits, rows, pack)
+
+        def narrow(rows: Tensor) -> Tensor:
+            return in_packs(lambda part: self.logits(part, self._narrow), rows, pack)
+
+        pays = None
+        try:
+            pays = tried(wide, narrow, picture, time.monotonic() + seconds, known, unlike)
+        except ValueError as reason:
+            log.warning("the arithmetic stays %s: %s", self.dtype, reason)
+        self.narrow_pays = pays or Pays(one=False, many=False)
+        if not (self.narrow_pays.one or self.narrow_pays.many):
+            self._narrow = self.narrow = None
         return pays
 
     def _check_layer(self, inputs: Tensor) -> None:
@@ -167,10 +190,9 @@ class Classifier:
 
     def form(self, rows: Rows) -> Form:
         """Return which form of the model evaluates rows: the same whoever shares their pass, so that they answer the same."""
-        if self._narrow is not None and not rows.gradient and not rows.precise:
+        if self._narrow is not None and self.narrow_pays.of(rows.count) and not rows.gradient and not rows.precise:
             return Form.NARROW
-        pays = self.pays.one if rows.count == 1 else self.pays.many
-        if self.compiled is None or not pays or rows.gradient or rows.rule is not None:
+        if self.compiled is None or not self.pays.of(rows.count) or rows.gradient or rows.rule is not None:
             return Form.MODULE
         return Form.COMPILED if {*rows.layers, *rows.activations} <= {self.compiled.layer} else Form.MODULE
 
@@ -197,10 +219,10 @@ class Classifier:
             raise Unsupported(f"the model has no spatial layer of that name; the last ones are {some}")
         return resolved
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Return the logits [n, classes] of inputs [n, C, H, W], without a gradient."""
+    def logits(self, inputs: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Return the logits [n, classes] of inputs [n, C, H, W], without a gradient, of a `model` other than its own if any."""
         with torch.no_grad():
-            output: Tensor = self._model(self._placed(inputs).clone())
+            output: Tensor = (model or self._model)(self._placed(inputs).clone())
         return output
 
     def evaluate(
@@ -315,27 +337,12 @@ class Classifier:
     def _placed(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _layers_with_gradient(self) -> dict[str, Grid]:
+    def _layers_with_gradient(self, noise: Tensor) -> dict[str, Grid]:
         """Return the layers whose grid the logits depend on: not a transformer's tokens once only the class token counts."""
-        layers, noise = self.spatial_layers, self._noise(self.normalization, self.example.shape[-2:])[:1]
+        layers = self.spatial_layers
         found = self.evaluate(noise, [0], [Score.LOGIT], layers=list(layers)).layers
         reached = {name: grid for name, grid in layers.items() if bool(found[name].gradient.any())}
         return reached or layers  # a head of zeros, before any training, has no gradient to any
-
-    @staticmethod
-    def _noise(normalization: Normalization, size: Sequence[int]) -> Tensor:
-        """Return two noisy images [2, C, H, W], to try the model on."""
-        pixels = torch.rand(2, len(normalization.mean), *size, generator=torch.Generator().manual_seed(0))
-        return normalization(pixels)
-
-    def _check_rows(self) -> None:
-        """Raise ValueError where an image's logits depend on chance or on its neighbours in a pass."""
-        both = self._noise(self.normalization, self.example.shape[-2:])
-        first, again, beside = self.logits(both[:1]), self.logits(both[:1]), self.logits(both)[:1]
-        if not alike(first, again):
-            raise ValueError("the model answers the same image differently each time: is a dropout always on?")
-        if not alike(first, beside):
-            raise ValueError("the model's answer to an image depends on the other images of its pass")
 
 
 def _changes(model: nn.Module) -> Callable[[BackwardRule], nn.Module]:

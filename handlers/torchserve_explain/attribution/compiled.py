@@ -1,9 +1,7 @@
-"""The forward pass compiled for this processor by OpenVINO, and whether that answers equally and pays."""
+"""The forward pass compiled for this processor by OpenVINO."""
 
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -14,20 +12,6 @@ from torch import Tensor, nn
 from torchserve_explain.attribution.tail import tail_of, traced_with
 
 COMPILER = "openvino"
-Forward = Callable[[Tensor], Tensor]  # [n, C, H, W] to logits [n, classes]
-SLOWER = 0.9  # of the module's seconds, which compiled passes may take at most
-EQUAL, SAME_MAP = 1e-4, 0.9999  # largest difference of logits over their range; least cosine of maps
-ROUNDING = 16 * torch.finfo(torch.float32).eps
-WINDOWS = 4  # hidden one after another, so many side by side: the rows of a map
-ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Pays:
-    """Whether compiled passes are worth it for rows that a request asks for alone, and for each of many."""
-
-    one: bool
-    many: bool
 
 
 class Compiled:
@@ -102,65 +86,3 @@ def openvino_version() -> str | None:
         return version(COMPILER)
     except ImportError:
         return None
-
-
-def tried(module: Forward, compiled: Forward, picture: Tensor, deadline: float, known: Pays | None) -> Pays:
-    """Return what compiled passes are worth beside the module's, as known or as measured until `deadline`.
-
-    Raises ValueError where they do not answer equally: the picture [C, H, W], it with windows hidden, noise, and black.
-    """
-    hidden = _hidden(picture)
-    noise = torch.randn(2, *picture.shape, generator=torch.Generator().manual_seed(0)).to(picture)
-    rows = torch.cat([picture[None], hidden, noise, torch.zeros_like(noise[:1])])
-    if known is None:
-        began = time.monotonic()
-        module(rows[:1])
-        ahead = 2 * (len(rows) + 1 + len(hidden)) * (time.monotonic() - began)  # the comparison, and a round of each
-        if began + ahead > deadline:
-            raise ValueError("its measurement takes longer than startup may")
-    if difference := _difference(module(rows), compiled(rows), len(hidden)):
-        raise ValueError(difference)
-    if known is not None:
-        return known
-    return Pays(_pays(module, compiled, hidden[:1], deadline), _pays(module, compiled, hidden, deadline))
-
-
-def _hidden(picture: Tensor) -> Tensor:
-    """Return copies [n, C, H, W] of a picture, a window of each made zero."""
-    height, width = (-(-side // WINDOWS) for side in picture.shape[1:])
-    copies = picture.repeat(WINDOWS * WINDOWS, 1, 1, 1)
-    for number, copied in enumerate(copies):
-        top, left = number // WINDOWS * height, number % WINDOWS * width
-        copied[:, top : top + height, left : left + width] = 0
-    return copies
-
-
-def _difference(expected: Tensor, found: Tensor, hidden: int) -> str | None:
-    """Return how logits [rows, classes] differ, of a picture and of it with windows hidden and more, or None."""
-    scale = float(expected.max() - expected.min())
-    if expected.shape != found.shape or not torch.allclose(expected, found, rtol=0, atol=EQUAL * scale):
-        return f"its logits, over a range of {scale:.3g}, differ by {float((expected - found).abs().max()):.1e}"
-    top = int(expected[0].argmax())
-    ours = expected[0, top] - expected[1 : hidden + 1, top]
-    for whole in (found[0, top], expected[0, top]):  # a single row may have the other form
-        theirs = whole - found[1 : hidden + 1, top]
-        if torch.allclose(ours, theirs, rtol=0, atol=ROUNDING * scale):  # to it, and what is hidden may matter as little
-            continue
-        if not (cosine := float(torch.cosine_similarity(ours, theirs, 0))) >= SAME_MAP:
-            return f"its maps differ: cosine {cosine:.5f}"
-    return None
-
-
-def _pays(module: Forward, compiled: Forward, rows: Tensor, deadline: float) -> bool:
-    """Whether compiled passes of these rows are faster by a tenth; raises ValueError where no round is over in time."""
-    forms, best = (module, compiled), [float("inf")] * 2
-    for done in range(ROUNDS):
-        for place, form in enumerate(forms):
-            began = time.monotonic()
-            form(rows)
-            best[place] = min(best[place], time.monotonic() - began)
-        if time.monotonic() > deadline:
-            if not done:
-                raise ValueError("its measurement takes longer than startup may")
-            break
-    return best[1] <= SLOWER * best[0]

@@ -64,7 +64,8 @@ class Passes:
             seconds = self._clock() - began
             outer.interrupted += seconds
         else:
-            self._under_way = pass_ = UnderWay({part.task.root for part in slices}, began)
+            roots = {part.task.root for part in slices}
+            self._under_way = pass_ = UnderWay(roots, all(map(is_short, roots)), began)
             try:
                 evaluation = self._evaluated(self._classifier, slices, inputs, None if self._aside is None else pause)
             finally:
@@ -122,7 +123,8 @@ class Passes:
         layers, activations = (
             sorted({layer for rows in wanted for layer in getattr(rows, kind)}) for kind in ("layers", "activations")
         )
-        if classifier.form(wanted[0]) is Form.COMPILED:
+        form = classifier.form(wanted[0])
+        if form is Form.COMPILED:
             return classifier.evaluate_compiled(inputs, targets, scores, versus, pause, layers, activations)
         return classifier.evaluate(
             inputs,
@@ -133,7 +135,7 @@ class Passes:
             layers=layers,
             activations=activations,
             rule=wanted[0].rule,
-            precise=any(rows.precise for rows in wanted),
+            precise=form is not Form.NARROW,
             versus=versus,
             pause=pause,
         )

@@ -86,15 +86,19 @@ class PackLimit:
 
 @dataclass
 class UnderWay:
-    """A pass under way: whose rows it holds, when it began, and for how many seconds it has been interrupted."""
+    """A pass under way: whose rows it holds, whether all of those are short, when it began, how long it was interrupted."""
 
     roots: Set[Task[Any]]
+    short: bool
     began: float
     interrupted: float = 0.0
 
     def yields(self, now: float) -> bool:
-        """Whether it may be interrupted: it gets one second in AGEING whatever else arrives."""
-        return self.interrupted <= (AGEING - 1) * (now - self.began - self.interrupted)
+        """Whether it may be interrupted: it gets one second in AGEING whatever else arrives.
+
+        One of short requests may not: those that come later are no shorter, and would pass those that came first.
+        """
+        return not self.short and self.interrupted <= (AGEING - 1) * (now - self.began - self.interrupted)
 
 
 def first_to_last(

@@ -2,14 +2,21 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.low_precision import narrowed
+from torchserve_explain.attribution.trial import Forward
 
 log = logging.getLogger(__name__)
+
+
+def noisy_pixels(channels: int, size: Sequence[int]) -> Tensor:
+    """Return two images of noise [2, channels, H, W], to try a model on."""
+    return torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0))
 
 
 def folded(model: nn.Module, noise: Tensor) -> tuple[nn.Module, int]:
@@ -52,3 +59,17 @@ def alike(expected: Tensor, found: Tensor, tolerance: float = 0.01) -> bool:
     """Whether logits agree within a fraction of the largest, or both are not finite."""
     scale = float(expected.nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def check_rows(logits: Forward, noise: Tensor) -> None:
+    """Raise ValueError where the logits of an image, of two [2, C, H, W], depend on chance or on its neighbour in a pass."""
+    first, again, beside = logits(noise[:1]), logits(noise[:1]), logits(noise)[:1]
+    if not alike(first, again):
+        raise ValueError("the model answers the same image differently each time: is a dropout always on?")
+    if not alike(first, beside):
+        raise ValueError("the model's answer to an image depends on the other images of its pass")
+
+
+def in_packs(logits: Forward, inputs: Tensor, pack: int) -> Tensor:
+    """Return the logits of inputs [n, C, H, W], at most `pack` of them at a time."""
+    return torch.cat([logits(part) for part in torch.split(inputs, pack)])

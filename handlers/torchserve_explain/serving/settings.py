@@ -126,12 +126,13 @@ class Explanations(Section):
 
     `methods` are those that it serves, None all that the classifier can; the others are neither listed nor served.
     In bfloat16 those rows take half the time where the processor has it, and maps move a little; elsewhere, and for
-    predictions and gradients, it stays float32. With `runtime: auto` passes without a gradient are compiled where that
-    answers equally and is faster. With `audit: log` each explanation's audit record goes to the log.
+    predictions and gradients, it stays float32. `arithmetic: auto` takes it where it is measured to be faster. With
+    `runtime: auto` passes without a gradient are compiled where that answers equally and is faster. With `audit: log`
+    each explanation's audit record goes to the log.
     """
 
     audit: Literal["log"] | None = None
-    arithmetic: Literal["float32", "bfloat16"] = "float32"
+    arithmetic: Literal["float32", "bfloat16", "auto"] = "float32"
     runtime: Literal["auto", "torch"] = "auto"
     methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     defaults: dict[str, Any] = {}
