@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from torchvision.models import get_model
 
 import training  # noqa: F401
 from torchserve_explain.attribution.classifier import Classifier
@@ -98,6 +99,15 @@ def test_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, optimize
     assert [replace(epoch, seconds=0) for epoch in epochs] == [replace(epoch, seconds=0) for epoch in other]
     for expected, found in zip(whole.trained.state_dict().values(), again.trained.state_dict().values(), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize(("weights", "momentum"), [(RANDOM, 0.1), (None, 0.01)])
+def test_statistics_follow_a_network_that_learns_from_nothing(tmp_path, weights, momentum):
+    """MobileNetV3's own 0.01 leaves its held-out accuracy at chance for the first hundreds of steps."""
+    path = tmp_path / "state.pth"
+    torch.save(get_model("mobilenet_v3_large", weights=None, num_classes=2).state_dict(), path)
+    network = build("mobilenet_v3_large", weights or str(path), 3, Part.ALL)
+    assert {module.momentum for module in network.model.modules() if isinstance(module, nn.BatchNorm2d)} == {momentum}
 
 
 def test_the_best_epoch_is_kept_and_training_ends_when_none_is_better(tmp_path):

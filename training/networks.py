@@ -22,6 +22,7 @@ from training.recipe import Part
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LITE0 = ROOT / "classifiers" / "imagenet"
 FROM_SCRATCH = ("cnn",)  # nobody has trained them
+MOMENTUM = 0.1  # of batch norms' running statistics, PyTorch's own
 PRETRAINED, RANDOM = "pretrained", "random"  # or the path of a state dict
 
 
@@ -69,6 +70,7 @@ def build(name: str, weights: str, classes: int, part: Part, first: str | None =
     """Build a backbone with a new head for `classes`; raises TrainingError where its weights cannot be had or do not fit."""
     if weights == RANDOM:
         model = _blank(name, classes)
+        _quicken_statistics(model)
     else:
         model = build_pretrained(name) if weights == PRETRAINED else _from_file(name, Path(weights))
         _replace_head(model, classes)
@@ -144,6 +146,16 @@ def _blank(name: str, classes: int) -> nn.Module:
     else:
         model = get_model(name, weights=None, num_classes=classes)
     return model
+
+
+def _quicken_statistics(model: nn.Module) -> None:
+    """Let batch norms' running statistics follow a network that learns from nothing, within tens of steps.
+
+    MobileNetV3's follow within hundreds: after twenty epochs of a thousand images its held-out accuracy was still chance.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+            module.momentum = max(module.momentum, MOMENTUM)
 
 
 def build_pretrained(name: str) -> nn.Module:
