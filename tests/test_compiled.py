@@ -120,6 +120,9 @@ def test_a_layer_is_compiled_only_where_all_passes_through_it_and_it_answers_the
     monkeypatch.setattr(Compiled, "tail", lambda self, features: tail(self, 2 * features))
     wrong = compiled(small_cnn().float())
     assert wrong.compiled is not None and wrong.compiled.layer is None and wrong.runtimes["last_layer"] == "torch"
+    monkeypatch.setattr(Compiled, "tail", lambda self, features: tail(self, features).detach())  # it cannot go back
+    stuck = compiled(small_cnn().float())
+    assert stuck.compiled is not None and stuck.compiled.layer is None and stuck.runtimes["one_row"] == "openvino"
 
 
 def test_a_request_answers_to_the_last_bit_the_same_alone_and_in_company(pair):

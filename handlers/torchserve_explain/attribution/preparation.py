@@ -2,13 +2,15 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from torchserve_explain.attribution.fusion import fold_layers
 from torchserve_explain.attribution.low_precision import narrowed
+from torchserve_explain.attribution.rows import BackwardRule
 from torchserve_explain.attribution.trial import Forward
 
 log = logging.getLogger(__name__)
@@ -73,3 +75,8 @@ def check_rows(logits: Forward, noise: Tensor) -> None:
 def in_packs(logits: Forward, inputs: Tensor, pack: int) -> Tensor:
     """Return the logits of inputs [n, C, H, W], at most `pack` of them at a time."""
     return torch.cat([logits(part) for part in torch.split(inputs, pack)])
+
+
+def by_rule(model: nn.Module) -> Callable[[BackwardRule], nn.Module]:
+    """Return what makes the model changed by a rule; a few are kept: each holds layers, and a client chooses parameters."""
+    return lru_cache(maxsize=4)(lambda rule: rule.apply(model))
