@@ -30,13 +30,15 @@ METHODS: dict[str, Method] = {
 }
 COOT = "AMERICAN COOT"
 STEPS = 16  # of insertion and deletion
+LONGER = {2: "twice", 5: "five times"}  # as many images of a class drawn as there are make an epoch twice as long
 CENTRE = 0.5  # of the image's side: the square that most birds are in
 
 
 def main() -> None:
     """Run the experiment that the command line asks for."""
     options = arguments("birds", __doc__, _more)
-    small = ("--backbone", "cnn", "--size", str(options.cnn_size), "--epochs", str(options.cnn_epochs))
+    cnn = ("--backbone", "cnn", "--size", str(options.cnn_size), "--epochs")
+    small = (*cnn, str(options.cnn_epochs))
     drawn = ("--draw", str(options.draw), "--draw-steps", str(options.draw_steps))
     every = {
         "CNN, as photographed": train("birds", options.data, options.out / "cnn-plain", *small, "--unaugmented"),
@@ -44,6 +46,12 @@ def main() -> None:
         f"CNN, augmented, {options.draw} GAN images a class": train(
             "birds", options.data, options.out / "cnn-drawn", *small, *drawn
         ),
+        **{
+            f"CNN, augmented, {words} the epochs": train(
+                "birds", options.data, options.out / f"cnn-{times}", *cnn, str(times * options.cnn_epochs)
+            )
+            for times, words in LONGER.items()
+        },
         f"{options.backbone}, head": train(
             *("birds", options.data, options.out / "transferred", "--backbone", options.backbone),
             *("--part", "head", "--epochs", "15", "--learning-rate", "5e-3"),
