@@ -2,7 +2,8 @@
 
 import json
 import time
-from threading import Event
+from concurrent import futures
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.servers.host import Host
 from torchserve_explain.servers.in_flight import InFlight
 from torchserve_explain.serving import service as service_module
+from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.service import RawRequest, Service
 from torchserve_explain.serving.settings import Settings
 
@@ -105,6 +107,28 @@ def test_a_call_with_nothing_finished_waits_and_takes_no_processor_time(service,
     began, cpu = time.perf_counter(), time.process_time()
     assert in_flight.call({"waiting": predict}) == {}
     assert time.perf_counter() - began > 0.3 and time.process_time() - cpu < 0.2
+    release.set()
+
+
+def test_a_call_goes_on_while_there_are_only_predictions(service, in_flight, monkeypatch):
+    """Nobody who came meanwhile would pass them; beside an explanation it ends, so that they may."""
+    release = Event()
+    monkeypatch.setattr(service_module, "read_picture", lambda *given: release.wait(30) and read_picture(*given))
+    timer = Timer(0.2, release.set)
+    timer.start()
+    assert in_flight.call({"short": predict})["short"].status == 200 and release.is_set()
+    timer.join()
+    release.clear()
+    in_flight.call({"long": explain})
+    assert service.explaining == 1
+    waits = []
+
+    def counted(*given):
+        waits.append(1)
+        return futures.wait(*given)
+
+    monkeypatch.setattr("torchserve_explain.servers.in_flight.wait", counted)
+    assert in_flight.call({"long": explain, "other": predict}) == {} and waits == [1]
     release.set()
 
 

@@ -55,6 +55,11 @@ class Host:
         log.info("%s %s on %s: %d classes", name, archive.version, device, archive.classifier.classes)
         return host
 
+    @property
+    def explains(self) -> bool:
+        """Whether an explanation is in flight, as far as requests have been read."""
+        return self._service.explaining > 0
+
     def warm_up(self) -> None:
         """Explain a blank image, so that the first client does not pay for what the thread's first passes prepare."""
         warm: Future[None] = Future()

@@ -15,7 +15,10 @@ Requests = Mapping[str, Callable[[], RawRequest]]  # by their ids; reading one c
 
 
 class InFlight:
-    """Answers requests by their ids; a call lasts `quantum` seconds, or until a request is done."""
+    """Answers requests by their ids; a call lasts `quantum` seconds, or until a request is done.
+
+    While there are only predictions, which no newcomer may pass, it goes on: to hand them over again would slow them down.
+    """
 
     def __init__(self, host: Host, quantum: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._host, self._quantum, self._clock = host, quantum, clock
@@ -32,7 +35,7 @@ class InFlight:
         """
         length = self._length(self._clock())
         self._take(requests)
-        wait(self._waiting.values(), length, FIRST_COMPLETED)
+        self._wait(length)
         finished = {name: waiting.result() for name, waiting in self._waiting.items() if waiting.done()}
         self._waiting = {name: waiting for name, waiting in self._waiting.items() if name not in finished}
         self._returned = self._clock() if self._waiting else None
@@ -55,6 +58,13 @@ class InFlight:
         for name, read in requests.items():
             if name not in self._waiting:
                 self._waiting[name] = self._host.submit(read())
+
+    def _wait(self, length: float) -> None:
+        """Wait until a request is done, or for so long, or longer where there are only predictions."""
+        until = self._clock() + LONGEST
+        while not wait(self._waiting.values(), length, FIRST_COMPLETED).done:
+            if not self._waiting or self._host.explains or self._clock() > until:
+                return
 
     def _length(self, now: float) -> float:
         """Return how long this call may last: long enough that handing all requests over again costs little."""

@@ -77,7 +77,7 @@ class Service:
         self._auditor = audit.Auditor(digest, model, classifier.device)
         self._logs_audit = settings.explanations.audit == "log"
         self._places = settings.explanation_places
-        self._explaining = 0  # requests
+        self.explaining = 0  # requests
         self.stage_seconds = {"decode": 0.0, "draw": 0.0}  # spent so far
         self._lock = Lock()  # several threads add to them
 
@@ -134,17 +134,17 @@ class Service:
     @contextmanager
     def _place(self) -> Iterator[None]:
         """Hold one of the places that explanations have; raises RequestError 503 where all are taken."""
-        if self._places is not None and self._explaining >= self._places:
+        if self._places is not None and self.explaining >= self._places:
             raise RequestError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                f"{self._explaining} explanations are in flight; allowed: at most {self._places} at once; try again",
+                f"{self.explaining} explanations are in flight; allowed: at most {self._places} at once; try again",
                 {"Retry-After": str(RETRY_AFTER)},
             )
-        self._explaining += 1
+        self.explaining += 1
         try:
             yield
         finally:
-            self._explaining -= 1
+            self.explaining -= 1
 
     def _timed(self, stage: str, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> Computation[T]:
         """Run a function in the background, and add its seconds to a stage's."""
