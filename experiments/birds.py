@@ -30,7 +30,7 @@ METHODS: dict[str, Method] = {
 }
 COOT = "AMERICAN COOT"
 STEPS = 16  # of insertion and deletion
-LONGER = {2: "twice", 5: "five times"}  # as many images of a class drawn as there are make an epoch twice as long
+LONGER = {2: "twice", 5: "five times"}  # as many steps as with as many drawn images as there are; until it gets no better
 CENTRE = 0.5  # of the image's side: the square that most birds are in
 
 

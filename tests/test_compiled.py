@@ -104,6 +104,18 @@ def test_maps_of_the_last_layer_are_the_same_compiled_alone_and_in_company(pair,
         assert float(torch.cosine_similarity(one.flatten(), other.flatten(), 0)) > 0.9999
 
 
+class NoWayBack(torch.autograd.Function):
+    """An operation that nobody has written a gradient for."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise NotImplementedError("it has no gradient")
+
+
 def test_a_layer_is_compiled_only_where_all_passes_through_it_and_it_answers_the_same(monkeypatch):
     class Beside(nn.Module):
         def __init__(self):
@@ -120,7 +132,7 @@ def test_a_layer_is_compiled_only_where_all_passes_through_it_and_it_answers_the
     monkeypatch.setattr(Compiled, "tail", lambda self, features: tail(self, 2 * features))
     wrong = compiled(small_cnn().float())
     assert wrong.compiled is not None and wrong.compiled.layer is None and wrong.runtimes["last_layer"] == "torch"
-    monkeypatch.setattr(Compiled, "tail", lambda self, features: tail(self, features).detach())  # it cannot go back
+    monkeypatch.setattr(Compiled, "tail", lambda self, features: NoWayBack.apply(tail(self, features)))
     stuck = compiled(small_cnn().float())
     assert stuck.compiled is not None and stuck.compiled.layer is None and stuck.runtimes["one_row"] == "openvino"
 
@@ -156,6 +168,7 @@ def test_low_precision_keeps_its_rows_and_predictions_are_compiled():
     ours = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
     ours.compile(picture(), 16, 600, BOTH)
     assert (ours.form(rows(4)), ours.form(rows(1, precise=True))) == (Form.NARROW, Form.COMPILED)
+    assert ours.compiled is not None and ours.compiled.layer == ours.last_layer  # which was compared with float32's
 
 
 def test_a_short_request_goes_between_two_rows_of_a_compiled_pass(pair):

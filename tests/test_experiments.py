@@ -204,10 +204,14 @@ def test_the_leaves_command_sees_what_decides(monkeypatch, tmp_path):
 
 @pytest.mark.live
 def test_the_birds_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(birds, "LONGER", {2: "twice"})
     data = write(tmp_path / "data", ("AMERICAN COOT", "OSTRICH"), colour, 6)
     quick = ("--backbone", "cnn", "--cnn-epochs", 1, "--cnn-size", 32, "--draw", 2, "--draw-steps", 2)
     tables, pictures = run(monkeypatch, tmp_path, birds, data, *quick)
-    assert [row["classifier"] for row in tables["accuracy"]][2] == "CNN, augmented, 2 GAN images a class"
+    assert [(row["classifier"], row["epochs"]) for row in tables["accuracy"]][2:4] == [
+        ("CNN, augmented, 2 GAN images a class", 1),
+        ("CNN, augmented, twice the epochs", 2),
+    ]
     assert [row["method"] for row in tables["maps of the AMERICAN COOT"]] == list(birds.METHODS)
     assert {"coots.webp", "means.webp", "curves.png", "confusion.png"} == pictures
 

@@ -114,7 +114,8 @@ def test_a_call_goes_on_while_there_are_only_predictions(service, in_flight, mon
     """Nobody who came meanwhile would pass them; beside an explanation it ends, so that they may."""
     release = Event()
     monkeypatch.setattr(service_module, "read_picture", lambda *given: release.wait(30) and read_picture(*given))
-    timer = Timer(0.2, release.set)
+    in_flight._quantum = 0.5
+    timer = Timer(0.7, release.set)
     timer.start()
     assert in_flight.call({"short": predict})["short"].status == 200 and release.is_set()
     timer.join()

@@ -1,12 +1,14 @@
 """A pass that is interrupted between its layers: who may, what it costs, and that nobody's numbers change."""
 
+import time
+
 import pytest
 import torch
 from conftest import NORMALIZATION, SIZE, watched_passes
 from test_stepping import asking, ticking
 
 from torchserve_explain.attribution.classifier import Classifier
-from torchserve_explain.attribution.computation import Piece, Result, succeeded
+from torchserve_explain.attribution.computation import Piece, Result, results, succeeded
 from torchserve_explain.attribution.engine import Engine
 from torchserve_explain.attribution.interruption import interrupted
 from torchserve_explain.attribution.methods import METHODS
@@ -83,6 +85,16 @@ def test_short_requests_do_not_interrupt_a_pass_of_their_like(classifier, image)
     assert order == ["first", "first"]
     arriving.engine.step()
     assert order == ["first", "first", "later", "later", "later"] and sizes == [2, 3]
+
+
+def test_a_long_request_of_a_time_of_its_own_is_not_short(classifier, image):
+    """Its rows belong to a part that has to be done earlier, as with a client's own timeout."""
+    order = []
+    note = lambda name: lambda _start, _evaluation: order.append(name)  # noqa: E731
+    arriving = Arriving(classifier, 4, Piece(asking(image, 1, consume=note("short"))))
+    part = Piece(asking(image, 4, gradient=True, consume=note("long")))
+    arriving.engine.run([Piece(results([part], time.monotonic() + 600))])
+    assert order == ["short", "long"]
 
 
 def test_an_interrupted_pass_gets_its_share_of_the_time(classifier, image):

@@ -1,6 +1,7 @@
 """Rows in bfloat16: scores and layers close to float32's, gradients and predictions untouched."""
 
 import logging
+from http import HTTPStatus
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torchserve_explain.attribution.methods.guided import GuidedGradCam
 from torchserve_explain.attribution.methods.path import IntegratedGradients
 from torchserve_explain.attribution.rows import Form, Rows, Score
 from torchserve_explain.attribution.trial import Pays
+from torchserve_explain.errors import RequestError
 from torchserve_explain.runtimes import choose_runtimes
 from torchserve_explain.serving.images import read_picture
 from torchserve_explain.serving.settings import read_settings
@@ -127,14 +129,22 @@ def test_another_arithmetic_is_refused():
         read_settings({"classifier": {"architecture": "resnet18"}, "explanations": {"arithmetic": "int8"}})
 
 
-@pytest.mark.parametrize(("faster", "used"), [((True, True), (4, 1)), ((False, True), (4,)), ((False, False), ())])
+# Of many rows, of a row whose score is one beside those of many, and of a row for its layer's sake.
+@pytest.mark.parametrize(
+    ("faster", "used"),
+    [((True, True), "many beside alone"), ((False, True), "many beside"), ((True, False), "alone"), ((False, False), "")],
+)
 def test_auto_takes_narrow_arithmetic_where_it_is_faster(monkeypatch, faster, used):
     classifier = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
-    asked = iter(faster)
-    monkeypatch.setattr("torchserve_explain.attribution.trial._pays", lambda *_: next(asked))
+    verdicts = iter(faster)
+    monkeypatch.setattr("torchserve_explain.attribution.trial._pays", lambda *_: next(verdicts))
     assert classifier.weigh_narrow(NORMALIZATION(torch.rand(3, *SIZE)), 16, 600) == Pays(*faster)
-    rows = {count: Rows(count, lambda *_: torch.empty(0), lambda *_: None, gradient=False) for count in (4, 1)}
-    assert tuple(count for count, wanted in rows.items() if classifier.form(wanted) is Form.NARROW) == used
+    asked = {"many": (4, ()), "beside": (1, ()), "alone": (1, ("reduce",))}
+    rows = {
+        name: Rows(count, lambda *_: torch.empty(0), lambda *_: None, gradient=False, layers=layers)
+        for name, (count, layers) in asked.items()
+    }
+    assert " ".join(name for name, wanted in rows.items() if classifier.form(wanted) is Form.NARROW) == used
     assert classifier.narrow is (torch.bfloat16 if used else None)
 
 
@@ -159,11 +169,36 @@ def test_what_auto_measured_is_remembered_beside_what_it_was_measured_with(tmp_p
     monkeypatch.setattr(Classifier, "weigh_narrow", noted)
     classifier, settings = Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16), stage(tmp_path, "auto")
     torch_alone = settings.explanations.model_copy(update={"runtime": "torch"})
-    for explanations in (torch_alone, torch_alone, settings.explanations):
-        choose_runtimes(classifier, settings.model_copy(update={"explanations": explanations}), "one")
+    settings = settings.model_copy(update={"explanations": torch_alone})
+    for pays in (classifier.pays, classifier.pays, Pays(True, False)):  # of compiled passes, beside which it was measured
+        classifier.pays = pays
+        choose_runtimes(classifier, settings, "one")
     assert known == [None, Pays(True, False), None]
     choose_runtimes(classifier, stage(tmp_path, "bfloat16"), "one")
     assert len(known) == 3 and classifier.narrow is torch.bfloat16
+
+
+def test_auto_stays_wide_where_nothing_is_measured(tmp_path, monkeypatch):
+    """The model refuses what the trial asks for, or the archive's own preprocessing the photo."""
+    picture = NORMALIZATION(torch.rand(3, *SIZE))
+
+    def narrow():
+        return Classifier(small_cnn().float(), NORMALIZATION, SIZE, narrow=torch.bfloat16)
+
+    def refused(*_):
+        raise RequestError(HTTPStatus.BAD_REQUEST, "no")
+
+    classifier = narrow()
+    monkeypatch.setattr(classifier, "_narrow", lambda _rows: 1 / 0)
+    assert classifier.weigh_narrow(picture, 16, 600) is None and classifier.arithmetic == "float32"
+    assert narrow().weigh_narrow(picture, 16, 600, Pays(False, False)) == Pays(False, False)
+    monkeypatch.setattr("torchserve_explain.runtimes.read_picture", refused)
+    classifier = narrow()
+    choose_runtimes(classifier, stage(tmp_path, "auto"), "photo")
+    assert classifier.arithmetic == "float32"
+    classifier = narrow()
+    choose_runtimes(classifier, stage(tmp_path, "bfloat16"), "photo")
+    assert classifier.arithmetic == "bfloat16"
 
 
 def test_auto_is_bfloat16_only_where_the_processor_has_it(tmp_path, monkeypatch):

@@ -71,6 +71,8 @@ class Archive:
             digest = digest_of(folder)
             if compiles:
                 choose_runtimes(classifier, settings, digest)
+            elif settings.explanations.arithmetic == "auto":
+                classifier.stay_wide()
             return cls(classifier, names, settings, digest, _version(folder))
 
     def classes(self, label: str | None) -> list[int]:
@@ -182,7 +184,7 @@ def _version(folder: Path) -> str:
 def _has_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
     cuda = torch.device(device).type == "cuda"
-    has = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not cuda and platform.machine() == "x86_64":  # oneDNN emulates it on any AVX-512, and is slower then
         has = has and torch.cpu._is_avx512_bf16_supported()
     if not has:

@@ -184,8 +184,8 @@ def main(options: argparse.Namespace) -> int:
 
 def _replayed(record: AuditRecord, image: bytes, archive: Archive, options: argparse.Namespace) -> list[Comparison]:
     """Replay one record and print what came of it, and first what else is not as it was."""
-    here = versions() | {"device": options.device}
-    for name, then in (record.versions | {"device": record.device}).items():
+    here = versions() | {"device": options.device, "arithmetic": archive.classifier.arithmetic}
+    for name, then in (record.versions | {"device": record.device, "arithmetic": record.arithmetic}).items():
         if here.get(name) != then:
             print(f"{name} was {then} and is {here.get(name, 'unknown')}")
     compared = replay(record, image, archive)

@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from torchserve_explain import __version__
 from torchserve_explain.attribution.classifier import Classifier
@@ -36,25 +38,31 @@ def choose_runtimes(classifier: Classifier, settings: Settings, digest: str) -> 
     try:
         photo = _photo(settings, size)
     except RequestError as reason:  # the user's own preprocess.py may refuse it
-        log.warning("passes stay PyTorch's: the packaged photo cannot be prepared: %s", reason)
+        log.warning("passes stay PyTorch's, and their arithmetic: the packaged photo cannot be prepared: %s", reason)
+        if weighs:
+            classifier.stay_wide()
         return
     versions = f"torch {torch.__version__}, openvino {installed}, torchserve-explain {__version__}"
     key = f"{digest}, {tuple(size)}, {processor(classifier.device)}, {torch.get_num_threads()} threads, {versions}"
-    trials = [(key, classifier.compile)] if compiles else []
-    if weighs:
-        trials.append((f"{key}, {classifier.narrow} beside {explanations.runtime}", classifier.weigh_narrow))
-    for name, trial in trials:
+    seconds = settings.startupTimeout / 2 / (compiles + weighs)
+
+    def settle(name: str, trial: Callable[[Tensor, int, float, Pays | None], Pays | None]) -> None:
         known = _kept().get(name)
-        pays = trial(photo, explanations.limits.pack, settings.startupTimeout / 2 / len(trials), known)
+        pays = trial(photo, explanations.limits.pack, seconds, known)
         if pays is not None and known is None:
             _keep(_kept() | {name: pays})  # others may have written meanwhile
-    log.info("runtimes: %s, arithmetic %s", classifier.runtimes, classifier.narrow or classifier.dtype)
+
+    if compiles:
+        settle(key, classifier.compile)
+    if weighs:
+        settle(f"{key}, {classifier.narrow} beside {classifier.runtimes}", classifier.weigh_narrow)
+    log.info("runtimes: %s, arithmetic %s", classifier.runtimes, classifier.arithmetic)
 
 
 def processor(device: torch.device = CPU) -> str:
     """Return the name of the processor that a device is."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return f"{torch.cuda.get_device_name(device)}{', TF32' if torch.backends.cudnn.allow_tf32 else ''}"
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

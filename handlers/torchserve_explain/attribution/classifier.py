@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torchserve_explain.attribution.preparation import alike, by_rule, check_row
 from torchserve_explain.attribution.rows import BackwardRule, Evaluation, Form, Gradients, Layer, Rows, Score, Versus
 from torchserve_explain.attribution.scores import selected
 from torchserve_explain.attribution.stem import find_stem, passing
-from torchserve_explain.attribution.trial import EQUAL, Pays, tried, unlike
+from torchserve_explain.attribution.trial import EQUAL, NEITHER, Pays, in_words, tried, weighed
 from torchserve_explain.errors import Unsupported
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Classifier:
         self.classes = self.logits(self.example).shape[1]
         check_rows(self.logits, noise)
         self.compiled: Compiled | None = None
-        self.pays, self.narrow_pays = Pays(one=False, many=False), Pays(one=True, many=True)
+        self.pays, self.narrow_pays = NEITHER, Pays(one=True, many=True)
         self._narrow = None if narrow is None else narrow_copy(self._model, self.example, narrow)
         self.narrow = None if self._narrow is None else narrow
         self._stem = find_stem(self._model, self._placed(noise))
@@ -135,7 +135,7 @@ class Classifier:
         """
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return None
-        if known == Pays(one=False, many=False):
+        if known == NEITHER:
             return known
         deadline = time.monotonic() + seconds
         try:
@@ -146,8 +146,7 @@ class Classifier:
             self._check_layer(picture[None])
         except Exception as error:  # it is the user's own forward that is traced here
             self.compiled = None
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            log.warning("passes stay PyTorch's: the model is not compiled: %s", reason)
+            log.warning("passes stay PyTorch's: the model is not compiled: %s", in_words(error))
             return None
         self.pays = pays
         return pays
@@ -164,18 +163,17 @@ class Classifier:
             compiled = self.compiled if self.pays.of(len(rows)) else None
             return in_packs(compiled or self.logits, rows, pack)
 
-        def narrow(rows: Tensor) -> Tensor:
-            return in_packs(lambda part: self.logits(part, self._narrow), rows, pack)
-
-        pays = None
-        try:
-            pays = tried(wide, narrow, picture, time.monotonic() + seconds, known, unlike)
-        except ValueError as reason:
-            log.warning("the arithmetic stays %s: %s", self.dtype, reason)
-        self.narrow_pays = pays or Pays(one=False, many=False)
-        if not (self.narrow_pays.one or self.narrow_pays.many):
-            self._narrow = self.narrow = None
+        narrow = partial(self.logits, model=self._narrow)
+        pays = weighed(wide, lambda rows: in_packs(narrow, rows, pack), picture.to(self.device), seconds, known)
+        if pays in (None, NEITHER):
+            self.stay_wide()
+        else:
+            self.narrow_pays = pays
         return pays
+
+    def stay_wide(self) -> None:
+        """Use no narrow arithmetic."""
+        self._narrow = self.narrow = None
 
     def _check_layer(self, inputs: Tensor) -> None:
         """Give the compiled layer up where its output, or the predicted class's gradient there, is not the same."""
@@ -183,7 +181,7 @@ class Classifier:
             return
         asked: dict[str, Any] = {"inputs": inputs, "targets": [None], "scores": [Score.LOGIT], "layers": [layer]}
         try:
-            ours, expected = (evaluate(**asked).layers[layer] for evaluate in (self.evaluate_compiled, self.evaluate))
+            ours, expected = self.evaluate_compiled(**asked).layers[layer], self.evaluate(**asked, precise=True).layers[layer]
             same = alike(expected.activation, ours.activation, EQUAL) and alike(expected.gradient, ours.gradient, EQUAL)
         except RuntimeError:  # what is traced may know no way back
             same = False
@@ -193,18 +191,24 @@ class Classifier:
 
     def form(self, rows: Rows) -> Form:
         """Return which form of the model evaluates rows: the same whoever shares their pass, so that they answer the same."""
-        if self._narrow is not None and self.narrow_pays.of(rows.count) and not rows.gradient and not rows.precise:
+        pays = self.narrow_pays.one if rows.alone else self.narrow_pays.many
+        if self._narrow is not None and pays and not rows.gradient and not rows.precise:
             return Form.NARROW
         if self.compiled is None or not self.pays.of(rows.count) or rows.gradient or rows.rule is not None:
             return Form.MODULE
         return Form.COMPILED if {*rows.layers, *rows.activations} <= {self.compiled.layer} else Form.MODULE
 
     @property
+    def arithmetic(self) -> str:
+        """The arithmetic of rows that want no gradient at the image, or of those of them for which it pays."""
+        return str(self.narrow or torch.float32).removeprefix("torch.")
+
+    @property
     def runtimes(self) -> dict[str, str]:
         """What runs the passes: of rows asked for alone, such as predictions, of many, to the last layer, and back."""
         layer = None if self.compiled is None else self.compiled.layer
-        compiled = {"one_row": self.pays.one, "many_rows": self.pays.many}
-        compiled |= {"last_layer": self.pays.one and layer is not None, "gradient": False}
+        one, many = self.pays.one, self.pays.many
+        compiled = {"one_row": one, "many_rows": many, "last_layer": one and layer is not None, "gradient": False}
         return {kind: COMPILER if pays else "torch" for kind, pays in compiled.items()}
 
     @property
@@ -314,11 +318,6 @@ class Classifier:
         """Return a layer's output, or a gradient there, as [n, channels, h, w]; that of a rule's own layer as it is."""
         grid = self.spatial_layers.get(name)
         return (tensor.detach() if grid is None else grid.channels_first(tensor.detach())).to(self.dtype)
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether a gradient leads from the logits to the image."""
-        return bool(self.operations)
 
     def refusal(self, rule: BackwardRule, rows: Tensor, unwanted: Set[str] = frozenset()) -> str | None:
         """Return why the model cannot run rows under a rule, or None where it can.

@@ -119,16 +119,16 @@ def first_to_last(
 
 def is_short(task: Task[Any]) -> bool:
     """Whether a request needs, with those that it has had, so few rows that nobody should make it wait."""
-    return task.evaluations + remaining_seconds(task, lambda _rows: 1.0, 1.0) <= SHORT
+    return task.evaluations + remaining_seconds(task, lambda _rows: 1.0, 1.0, every=True) <= SHORT
 
 
-def remaining_seconds(task: Task[Any], row_seconds: Callable[[Rows], float], cheapest: float) -> float:
+def remaining_seconds(task: Task[Any], row_seconds: Callable[[Rows], float], cheapest: float, every: bool = False) -> float:
     """Return the seconds of passes that a task still needs, or the least of them.
 
-    Tasks below it that have an earlier deadline are left out: the task goes on without them where it must.
+    Tasks below it that have an earlier deadline, without which it goes on where it must, are left out unless `every` counts.
     """
     seconds = sum(block.left * block.rows.passes * row_seconds(block.rows) for block in task.blocks)
     for child in task.children:
-        if child.deadline >= task.deadline:
-            seconds += remaining_seconds(child, row_seconds, cheapest)
+        if every or child.deadline >= task.deadline:
+            seconds += remaining_seconds(child, row_seconds, cheapest, every)
     return max(seconds, (task.work.evaluations - task.evaluations) * cheapest)

@@ -155,3 +155,8 @@ class Rows:
     passes: int = 1
     known: Known | None = None
     versus: Versus | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is one row for its layers' sake, whose score is compared with no other row's."""
+        return self.count == 1 and bool(self.layers)

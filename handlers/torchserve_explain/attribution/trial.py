@@ -1,5 +1,6 @@
 """A trial of another form of a network, where it serves: does it answer alike, and is it faster?"""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 Forward = Callable[[Tensor], Tensor]  # [n, C, H, W] to logits [n, classes]
 Difference = Callable[[Tensor, Tensor, int], str | None]  # of two forms' logits of the rows tried, so many of them hidden
 SLOWER = 0.9  # of the network's seconds, which another form may take at most
@@ -27,6 +29,9 @@ class Pays:
     def of(self, rows: int) -> bool:
         """Whether it is worth it for a request's rows."""
         return self.one if rows == 1 else self.many
+
+
+NEITHER = Pays(one=False, many=False)
 
 
 def unequal(expected: Tensor, found: Tensor, hidden: int) -> str | None:
@@ -79,6 +84,22 @@ def tried(
     if known is not None:
         return known
     return Pays(_pays(module, other, hidden[:1], deadline), _pays(module, other, hidden, deadline))
+
+
+def weighed(wide: Forward, narrow: Forward, picture: Tensor, seconds: float, known: Pays | None) -> Pays | None:
+    """Return what narrower arithmetic is worth; None where it does not run, its maps are others, or time does not suffice."""
+    if known == NEITHER:
+        return known
+    try:
+        return tried(wide, narrow, picture, time.monotonic() + seconds, known, unlike)
+    except Exception as error:  # it is the user's own forward that runs here
+        log.warning("the arithmetic stays as it is: %s", in_words(error))
+        return None
+
+
+def in_words(error: Exception) -> str:
+    """Return an error on one line, not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _hidden(picture: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torchserve_explain.serving.service import RawRequest
 
 TRANSFERS = 4  # a call lasts so many times as long as its hand-over, which so stays under a fifth
 LONGEST = 1.0  # seconds of a call, however long the hand-over takes
+ALONE = 4  # quanta that a call may last while there are only predictions
 
 Requests = Mapping[str, Callable[[], RawRequest]]  # by their ids; reading one costs time
 
@@ -17,7 +18,8 @@ Requests = Mapping[str, Callable[[], RawRequest]]  # by their ids; reading one c
 class InFlight:
     """Answers requests by their ids; a call lasts `quantum` seconds, or until a request is done.
 
-    While there are only predictions, which no newcomer may pass, it goes on: to hand them over again would slow them down.
+    While there are only predictions, which hardly any newcomer may pass, it may last four: to hand them over again would slow
+    them down.
     """
 
     def __init__(self, host: Host, quantum: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,9 +63,10 @@ class InFlight:
 
     def _wait(self, length: float) -> None:
         """Wait until a request is done, or for so long, or longer where there are only predictions."""
-        until = self._clock() + LONGEST
+        until = self._clock() + max(length, ALONE * self._quantum)
         while not wait(self._waiting.values(), length, FIRST_COMPLETED).done:
-            if not self._waiting or self._host.explains or self._clock() > until:
+            length = min(length, until - self._clock())
+            if not self._waiting or self._host.explains or length <= 0:
                 return
 
     def _length(self, now: float) -> float:

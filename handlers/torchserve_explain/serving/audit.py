@@ -55,7 +55,7 @@ class MapRecord(AuditPart):
 
 
 class AuditRecord(AuditPart):
-    """What made the maps of one image: archive, image, versions, device, and each map's own."""
+    """What made the maps of one image: archive, image, versions, device, arithmetic, and each map's own."""
 
     time: str
     request: str
@@ -64,14 +64,15 @@ class AuditRecord(AuditPart):
     image_sha256: str
     versions: dict[str, str]
     device: str
+    arithmetic: str = "float32"
     explanations: list[MapRecord]
 
 
 class Auditor:
     """Writes the records of an archive with this digest, as it is served under this name."""
 
-    def __init__(self, digest: str, model: Mapping[str, str], device: torch.device) -> None:
-        self._digest, self._model, self._device = digest, dict(model), str(device)
+    def __init__(self, digest: str, model: Mapping[str, str], device: torch.device, arithmetic: str) -> None:
+        self._digest, self._model, self._device, self._arithmetic = digest, dict(model), str(device), arithmetic
 
     def record(self, image: bytes, report: Report, request: str) -> dict[str, Any]:
         """Return the record of an image's explanations, ready for JSON; `request` is the server's name of the request."""
@@ -83,6 +84,7 @@ class Auditor:
             image_sha256=sha256(image),
             versions=versions(),
             device=self._device,
+            arithmetic=self._arithmetic,
             explanations=[_map_record(explanation) for explanation in report.explanations],
         )
         return record.model_dump(mode="json")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchserve_explain.attribution.classifier import Classifier
@@ -93,8 +92,7 @@ class Planner:
             report["parameters"]["versus"]["also"] = [Contrast.RUNNER_UP.value]
         if self._classifier.classes == 1:
             del report["parameters"]["versus"]
-        narrow = self._classifier.narrow or torch.float32
-        return report | {"arithmetic": str(narrow).removeprefix("torch."), "runtimes": self._classifier.runtimes}
+        return report | {"arithmetic": self._classifier.arithmetic, "runtimes": self._classifier.runtimes}
 
     def items(self, request: Request) -> list[Item]:
         """Return what is to be explained of each image; raises RequestError for what is not there or not allowed."""

@@ -74,7 +74,7 @@ class Service:
         self._preprocessing = settings.preprocessing
         self._planner = Planner(classifier, self._labels, settings.explanations)
         self._model = dict(model)
-        self._auditor = audit.Auditor(digest, model, classifier.device)
+        self._auditor = audit.Auditor(digest, model, classifier.device, classifier.arithmetic)
         self._logs_audit = settings.explanations.audit == "log"
         self._places = settings.explanation_places
         self.explaining = 0  # requests
