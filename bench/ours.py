@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.subjects import Subject
+from torchserve_explain.archive import has_bfloat16
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.compiled import openvino_version
 from torchserve_explain.attribution.engine import Engine
@@ -88,7 +89,12 @@ def prepare_torch(work: str, subject: Subject, _chunk: int | None) -> Run:
 
 
 def prepare_narrow(work: str, subject: Subject, chunk: int | None) -> Run:
-    """Return the run of a work by the engine with its rows without a gradient in bfloat16."""
+    """Return the run of a work by the engine with its rows without a gradient in bfloat16.
+
+    Raises ValueError where the processor would emulate it, which takes forty times as long.
+    """
+    if not has_bfloat16("cpu"):
+        raise ValueError("this processor has no bfloat16")
     served, size = subject.classifier, subject.images.shape[-2:]
     narrow = Classifier(subject.network, served.normalization, (size[0], size[1]), narrow=torch.bfloat16)
     return prepare(work, replace(subject, classifier=narrow), chunk)

@@ -202,7 +202,7 @@ def test_auto_stays_wide_where_nothing_is_measured(tmp_path, monkeypatch):
 
 
 def test_auto_is_bfloat16_only_where_the_processor_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchserve_explain.archive._has_bfloat16", lambda _device: False)
+    monkeypatch.setattr("torchserve_explain.archive.has_bfloat16", lambda _device: False)
     assert load_classifier(tmp_path, stage(tmp_path, "auto"), "cpu", SIZE).narrow is None
-    monkeypatch.setattr("torchserve_explain.archive._has_bfloat16", lambda _device: True)
+    monkeypatch.setattr("torchserve_explain.archive.has_bfloat16", lambda _device: True)
     assert load_classifier(tmp_path, stage(tmp_path, "auto"), "cpu", SIZE).narrow is torch.bfloat16

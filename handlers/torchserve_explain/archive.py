@@ -89,7 +89,7 @@ def load_classifier(
     except (SafetensorError, OSError) as error:
         raise ArchiveError(f"{WEIGHTS} cannot be read: {error}") from None
     network = build_network(settings.classifier.architecture, folder, state)
-    narrow = settings.explanations.arithmetic != "float32" and _has_bfloat16(device)
+    narrow = settings.explanations.arithmetic != "float32" and has_bfloat16(device)
     low = torch.bfloat16 if narrow else None
     try:
         head = settings.classifier.head
@@ -181,7 +181,7 @@ def _version(folder: Path) -> str:
     return str(model.get("modelVersion", "1.0"))
 
 
-def _has_bfloat16(device: torch.device | str) -> bool:
+def has_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 is faster than float32 on a device; tells in the log where it is not."""
     cuda = torch.device(device).type == "cuda"
     has = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
