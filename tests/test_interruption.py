@@ -81,10 +81,17 @@ def test_short_requests_do_not_interrupt_a_pass_of_their_like(classifier, image)
     sizes, order = watched_passes(classifier), []
     note = lambda name: lambda _start, _evaluation: order.append(name)  # noqa: E731
     arriving = Arriving(classifier, 4, *(Piece(asking(image, 1, consume=note("later"))) for _ in range(3)))
-    arriving.engine.run([Piece(asking(image, 1, consume=note("first"))) for _ in range(2)])
-    assert order == ["first", "first"]
+    arriving.engine.run([Piece(asking(image, 1, consume=note("first"))) for _ in range(3)])
+    assert order == ["first"] * 3
     arriving.engine.step()
-    assert order == ["first", "first", "later", "later", "later"] and sizes == [2, 3]
+    assert order == ["first"] * 3 + ["later"] * 3 and sizes == [3, 3]
+
+
+def test_one_row_is_not_paused_for(classifier, image):
+    """Nobody may interrupt it, and pauses between its layers would be a tenth of its time."""
+    arriving = Arriving(classifier, 4, Piece(asking(image, 1)))
+    arriving.engine.run([Piece(asking(image, 1, gradient=True))])
+    assert not arriving.tasks
 
 
 def test_a_long_request_of_a_time_of_its_own_is_not_short(classifier, image):

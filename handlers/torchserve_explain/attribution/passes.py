@@ -10,6 +10,7 @@ from torch import Tensor
 from torchserve_explain.attribution.classifier import Classifier
 from torchserve_explain.attribution.policy import (
     AGEING,
+    SHORT,
     Kind,
     Paces,
     PackLimit,
@@ -56,7 +57,7 @@ class Passes:
     def evaluate(self, slices: Sequence[Slice], inputs: Tensor, pause: Callable[[], None]) -> tuple[Evaluation, float]:
         """Evaluate the slices' inputs; return the evaluation and its seconds, without those of passes that interrupted it.
 
-        `pause` is called between layers, unless this pass interrupts another.
+        `pause` is called between layers, unless this pass interrupts another, or is so short that pauses would be felt.
         """
         began, outer = self._clock(), self._under_way
         if outer is not None and self._aside is not None:
@@ -66,8 +67,9 @@ class Passes:
         else:
             roots = {part.task.root for part in slices}
             self._under_way = pass_ = UnderWay(roots, all(map(is_short, roots)), began)
+            brief = pass_.short and len(inputs) <= SHORT
             try:
-                evaluation = self._evaluated(self._classifier, slices, inputs, None if self._aside is None else pause)
+                evaluation = self._evaluated(self._classifier, slices, inputs, None if brief or self._aside is None else pause)
             finally:
                 self._under_way = None
             seconds = self._clock() - began - pass_.interrupted
