@@ -317,6 +317,25 @@ def test_outputs_that_cannot_have_a_gradient_are_no_layers():
     assert list(Classifier(model, NORMALIZATION, (16, 16)).spatial_layers) == ["layers.0"]
 
 
+class Again(nn.Module):
+    """A ReLU that is called for a grid and again for one value, as in the last stage of a ResNet for small images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.relu = nn.Conv2d(3, 4, 3, 8, 1), nn.Conv2d(4, 4, 2, 2), nn.ReLU()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.relu(self.second(self.relu(self.first(x)))).flatten(1))
+
+
+def test_a_module_that_is_called_again_has_the_grid_of_its_last_answer():
+    classifier = Classifier(Again(), NORMALIZATION, (16, 16))
+    assert list(classifier.spatial_layers) == ["first"]
+    layer = classifier.evaluate(torch.rand(1, 3, 16, 16), [0], [Score.LOGIT], layers=["first"]).layers["first"]
+    assert layer.activation.shape[2:] == (2, 2)
+
+
 def test_without_a_gradient_only_methods_that_need_none_serve():
     def cut(m, x):
         with torch.no_grad():

@@ -40,8 +40,8 @@ def find_spatial_layers(model: nn.Module, example: Tensor) -> dict[str, Grid]:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             usable = isinstance(output, Tensor) and output.is_floating_point() and not output.is_inference()
             grid = _grid(output, pair) if usable else None
+            found.pop(name, None)  # a module called again finishes later, and what it answers last counts
             if grid is not None and not isinstance(module, PASSING):
-                found.pop(name, None)  # a module called again finishes later
                 found[name] = grid
 
         return hook
