@@ -202,7 +202,7 @@ class Capabilities:
 
 
 def _refusal(method: type[Method], classifier: Classifier) -> str | None:
-    if method.needs_gradient and not classifier.operations:  # none leads from the logits to the image
+    if method.needs_gradient and not classifier.operations:
         return "no gradient leads from its logits to the image"
     return method.unsupported(classifier)
 
